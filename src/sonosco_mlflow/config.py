@@ -1,0 +1,272 @@
+"""The one recipe of a run: strict, frozen, and the same for DVC, MLflow and the command line.
+
+``params.yaml`` holds it; ``--set key=value`` (or MLflow's ``-P key=value``) changes a key for one run. Nothing is
+guessed: an unknown key, or a value of the wrong kind, is refused with the nearest valid choice.
+
+>>> config = Config.resolve({"training": {"epochs": 3}}, overrides={"optimizer.lr": "3e-4"})
+>>> config.training.epochs, config.optimizer.lr
+(3, 0.0003)
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from sonosco_mlflow.errors import UserError, nearest
+
+Scalar = None | bool | int | float | str
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+# `mlflow run -P model=tds` is short for the key that people set most.
+ALIASES = {"model": "model.name"}
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are refused and nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Section):
+    """What to train on and how to load it. ``corpus`` and ``source`` decide the data; the rest only how it is read."""
+
+    corpus: str = "default"
+    source: str | None = None
+    frames_per_batch: Positive = 6000
+    workers: NotNegative = 0
+    processes: Positive = 2
+
+
+class Features(Section):
+    """Log-mel features; sizes in seconds."""
+
+    sample_rate: Positive = 16000
+    n_mels: Positive = 80
+    window_size: Rate = 0.025
+    window_stride: Rate = 0.01
+    window: Literal["hann", "hamming", "blackman", "povey"] = "hann"
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+class Model(Section):
+    """Which model, of which size; ``settings`` changes single settings of the preset (``model.settings.dropout``)."""
+
+    name: str = "tds"
+    preset: str = "small"
+    settings: dict[str, bool | int | float | str | list[int] | list[float] | None] = Field(default_factory=dict)
+
+
+class Augment(Section):
+    """SpecAugment's masks, in frames and mel bands; 0 masks switch it off."""
+
+    time_masks: NotNegative = 2
+    time_mask_frames: NotNegative = 20
+    time_mask_share: Share = 0.15
+    frequency_masks: NotNegative = 2
+    frequency_mask_bands: NotNegative = 15
+
+
+class Optimizer(Section):
+    """The optimizer and its learning rate after warm-up."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    momentum: Share = 0.9
+
+
+class Schedule(Section):
+    """How the learning rate moves: warm-up in steps, then one kind of reduction, never below ``floor``.
+
+    ``plateau`` reduces after ``patience`` validations without a better loss, ``stepwise`` every ``every_epochs``
+    epochs, ``scheduled`` at the listed ``epochs``, ``none`` not at all.
+    """
+
+    warmup_steps: NotNegative = 100
+    reduction: Literal["none", "plateau", "stepwise", "scheduled"] = "plateau"
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    floor: Annotated[float, Field(ge=0)] = 1e-5
+    patience: Positive = 2
+    every_epochs: Positive = 5
+    epochs: list[Positive] = Field(default_factory=list)
+
+
+class Training(Section):
+    """The loop. ``accumulation`` batches make one optimizer step; ``soft_window_epochs`` is for the TDS model."""
+
+    epochs: Positive = 10
+    seed: NotNegative = 0
+    accumulation: Positive = 1
+    gradient_clip: Annotated[float, Field(gt=0)] | None = 5.0
+    validate_every_steps: Positive | None = None
+    early_stopping_patience: Positive | None = None
+    soft_window_epochs: NotNegative = 2
+    threads: Positive = 2
+    device: str = "cpu"
+
+
+class Checkpoint(Section):
+    """When state is saved, besides the end of each epoch, and which checkpoints are kept."""
+
+    every_steps: Positive | None = None
+    every_minutes: Rate | None = None
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    keep_best: NotNegative = 1
+
+
+class Tracking(Section):
+    """Names in the MLflow UI."""
+
+    experiment: str = "sonosco"
+    run_name: str | None = None
+
+
+class Config(Section):
+    """The whole recipe."""
+
+    data: Data = Field(default_factory=Data)
+    features: Features = Field(default_factory=Features)
+    model: Model = Field(default_factory=Model)
+    augment: Augment = Field(default_factory=Augment)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    training: Training = Field(default_factory=Training)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    tracking: Tracking = Field(default_factory=Tracking)
+
+    @classmethod
+    def load(cls, path: Path, overrides: Mapping[str, str] | None = None) -> "Config":
+        """Read a ``params.yaml`` and apply ``overrides`` (dotted key to text).
+
+        Raises:
+            UserError: the file is missing or malformed, or a key or value is refused.
+        """
+        try:
+            recipe = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no recipe here; run in the project's folder or pass --params") from error
+        except YAMLError as error:
+            raise UserError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(recipe, dict):
+            raise UserError(f"{path}: expected sections such as 'model:', found {type(recipe).__name__}")
+        return cls.resolve(recipe, overrides or {}, origin=str(path))
+
+    @classmethod
+    def resolve(
+        cls, recipe: Mapping[str, object], overrides: Mapping[str, str], origin: str = "the recipe"
+    ) -> "Config":
+        """Apply ``overrides`` to ``recipe`` and check the whole.
+
+        Raises:
+            UserError: a key or value is refused; the message names it, what was found, and the nearest valid choice.
+        """
+        tree: dict[str, object] = json.loads(json.dumps(recipe))
+        for key, text in overrides.items():
+            _check_key(ALIASES.get(key, key))
+            _set(tree, ALIASES.get(key, key), _parse(key, text))
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            details = error.errors()[0]
+            key = ".".join(str(part) for part in details["loc"])
+            overridden = any(ALIASES.get(name, name) == key for name in overrides)
+            prefix = "" if overridden else f"{origin}: "
+            raise UserError(prefix + _explain(key, dict(details))) from error
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return the recipe as dotted keys; lists become their JSON text."""
+        return dict(flatten(self.model_dump(mode="json")))
+
+    def to_yaml(self) -> str:
+        """Return the recipe as the text of a ``params.yaml``."""
+        stream = StringIO()
+        yaml = YAML()
+        yaml.default_flow_style = False
+        yaml.dump(self.model_dump(mode="json"), stream)
+        return stream.getvalue()
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 of the recipe."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def data_recipe(self) -> dict[str, object]:
+        """The part of the recipe that the data stages depend on."""
+        return {
+            "data": {"corpus": self.data.corpus, "source": self.data.source},
+            "features": self.features.model_dump(mode="json"),
+        }
+
+
+def valid_keys() -> list[str]:
+    """Return every dotted key of the recipe."""
+    return [
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key in field.annotation.model_fields  # type: ignore[union-attr]
+    ]
+
+
+def _check_key(key: str) -> None:
+    section = key.split(".")[0]
+    keys = valid_keys()
+    if key in keys or key.startswith("model.settings."):
+        return
+    if section in Config.model_fields:
+        keys = [valid for valid in keys if valid.startswith(section + ".")]
+    raise UserError(f"{key}: unknown key; {nearest(key, keys) or 'params.yaml shows them all'}")
+
+
+def _parse(key: str, text: str) -> object:
+    try:
+        # A bare `key=` means the empty string, not YAML's null.
+        return YAML(typ="safe").load(text) if text else ""
+    except YAMLError as error:
+        raise UserError(f"{key}: the value {text!r} cannot be read: {error}") from error
+
+
+def _set(tree: dict[str, object], key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{parent}: found {child!r}, expected a section of keys")
+        node = child
+    node[last] = value
+
+
+def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    """Yield the leaves of nested mappings under dotted keys; lists become their JSON text."""
+    for key, value in tree.items():
+        match value:
+            case dict():
+                yield from flatten(value, f"{prefix}{key}.")
+            case list():
+                yield prefix + key, json.dumps(value)
+            case None | bool() | int() | float() | str():
+                yield prefix + key, value
+
+
+def _explain(key: str, details: Mapping[str, object]) -> str:
+    found = details["input"]
+    if details["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {nearest(key, [*valid_keys(), *Config.model_fields])}".rstrip("; ")
+    if details["type"] == "literal_error":
+        section, _, name = key.partition(".")
+        annotation = Config.model_fields[section].annotation.model_fields[name].annotation  # type: ignore[union-attr]
+        return f"{key}: found {found!r}, {nearest(str(found), get_args(annotation))}"
+    # pydantic says "Input should be ..."; for a reader of a recipe, it is the key's value that should be.
+    expected = str(details["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key}: found {found!r}, expected {expected}"

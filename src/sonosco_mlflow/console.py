@@ -1,0 +1,83 @@
+"""What a person sees of a long command: its progress, and all that it printed, kept in a file as well."""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+# Colours and cursor movements of a terminal.
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class _Tee:
+    """A stream that writes to another one and to a file."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self._stream = stream
+        self._file = file
+
+    def write(self, text: str) -> int:
+        self._file.write(_CONTROL.sub("", text))
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def console_log(path: Path) -> Iterator[None]:
+    """Append to ``path`` what Python prints to stdout and stderr inside the block, without control codes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    streams = sys.stdout, sys.stderr
+    with path.open("a", encoding="utf-8") as file:
+        sys.stdout, sys.stderr = _Tee(streams[0], file), _Tee(streams[1], file)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = streams
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show how far several counted stages are: bars in a terminal, a line every few seconds elsewhere.
+
+    Yields:
+        A function of (what is made, how many are done, how many there are).
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _progress_lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _progress_lines() -> Callable[[str, int, int], None]:
+    shown_at = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal shown_at
+        if done == total or time.monotonic() - shown_at > SECONDS_BETWEEN_LINES:
+            shown_at = time.monotonic()
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,76 @@
+"""Which utterances make up which batch: a pure function of (lengths, seed, epoch).
+
+Utterances of like length share a batch, so that little is spent on padding, and a batch is bounded by its padded
+size in frames rather than by its number of utterances, so that memory and time per batch stay level. Nothing is
+carried from one batch or epoch to the next: batch 400 of epoch 7 is known without making any before it.
+
+>>> plan = BatchPlan(frames=[300, 100, 120, 310], frames_per_batch=650, seed=0)
+>>> sorted(sorted(batch) for batch in plan.batches(epoch=0))
+[[0, 3], [1, 2]]
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from sonosco_mlflow.determinism import random_stream
+from sonosco_mlflow.errors import UserError
+
+
+class BatchPlan:
+    """Length-bucketed batches under a frame budget.
+
+    Args:
+        frames: length of each utterance in feature frames, in manifest order.
+        frames_per_batch: bound on ``batch size x longest utterance``; an utterance over it has a batch of its own.
+        seed: key of the shuffling; None keeps the order of length (evaluation).
+        jitter: spread of the random factor on an utterance's length before sorting. It mixes neighbours between
+            epochs at a small cost in padding.
+    """
+
+    def __init__(
+        self, frames: Sequence[int], frames_per_batch: int, seed: int | None = None, jitter: float = 0.1
+    ) -> None:
+        if frames_per_batch < 1:
+            raise UserError(f"data.frames_per_batch is {frames_per_batch}, expected at least 1")
+        self.frames = np.asarray(frames, dtype=np.int64)
+        self.frames_per_batch = frames_per_batch
+        self.seed = seed
+        self.jitter = jitter
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 of all that the batches depend on."""
+        settings = json.dumps([self.frames_per_batch, self.seed, self.jitter]).encode()
+        return hashlib.sha256(settings + self.frames.astype("<i8").tobytes()).hexdigest()
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Return the batches of ``epoch``, each a list of positions in the manifest, every position once."""
+        if self.seed is None:
+            return self._cut(np.argsort(self.frames, kind="stable"))
+        stream = random_stream(self.seed, "batches", epoch)
+        noise = 1.0 + self.jitter * (2.0 * stream.random(len(self.frames)) - 1.0)
+        batches = self._cut(np.argsort(self.frames * noise, kind="stable"))
+        # argsort of uniform draws rather than permutation(): uniform draws are the same on every instruction set.
+        return [batches[i] for i in np.argsort(stream.random(len(batches)), kind="stable")]
+
+    def padding(self, epoch: int) -> float:
+        """Return the share of frames in ``epoch`` that are padding, in [0, 1)."""
+        batches = self.batches(epoch)
+        padded = sum(len(batch) * int(self.frames[batch].max()) for batch in batches)
+        return 1.0 - float(self.frames.sum()) / padded if padded else 0.0
+
+    def _cut(self, order: np.ndarray) -> list[list[int]]:
+        batches: list[list[int]] = []
+        longest = 0
+        for position in order.tolist():
+            longest_with = max(longest, int(self.frames[position]))
+            if batches and longest_with * (len(batches[-1]) + 1) <= self.frames_per_batch:
+                batches[-1].append(position)
+                longest = longest_with
+            else:
+                batches.append([position])
+                longest = int(self.frames[position])
+        return batches

@@ -1,0 +1,151 @@
+"""What a corpus is: something that puts audio under a folder and says what is in it, as three manifests.
+
+``bring_corpus`` owns everything that corpora have in common. The manifests are the mark that a corpus is
+whole: they go first and are written last, so that what a killed process left is never taken for a corpus.
+
+>>> from sonosco_mlflow.data.corpora import bring_corpus
+>>> bring_corpus("default", Path("corpus"))["test"].hours  # doctest: +SKIP
+0.08
+"""
+
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError, nearest
+
+SPLITS = ("train", "dev", "test")
+
+_MODULES = {
+    "default": "sonosco_mlflow.data.corpora.embedded",
+    "an4": "sonosco_mlflow.data.corpora.an4",
+    "folder": "sonosco_mlflow.data.corpora.folder",
+}
+CORPORA = tuple(_MODULES)
+
+_MARKER = "MADE-BY-SONOSCO"
+
+Progress = Callable[[int, int], None]
+"""Called with (done, all), in utterances, or in bytes while something is downloaded."""
+
+
+class Corpus(Protocol):
+    """A module of this package."""
+
+    def bring(self, directory: Path, source: str | None, processes: int, progress: Progress) -> dict[str, Manifest]:
+        """Bring the corpus into ``directory``, which holds nothing of an earlier one; write no manifest.
+
+        Returns:
+            A manifest for each of "train", "dev" and "test". The same source gives the same bytes, whatever
+            the number of processes.
+
+        Raises:
+            UserError: the source is missing, wrong or incomplete.
+        """
+        ...
+
+
+def bring_corpus(
+    name: str,
+    directory: Path,
+    source: str | None = None,
+    processes: int = 2,
+    progress: Progress | None = None,
+) -> dict[str, Manifest]:
+    """Bring corpus ``name`` into ``directory``: its audio, if it has any of its own, and three manifests.
+
+    It may be killed at any moment and called again. An earlier corpus in ``directory`` is replaced.
+
+    Args:
+        name: One of ``CORPORA``.
+        directory: Where ``wav/``, ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` go; made if need be.
+        source: A path or an address, where the corpus takes one.
+        processes: How many processes may work at once; it changes no byte.
+        progress: Called with (done, all) now and then.
+
+    Returns:
+        The manifests of "train", "dev" and "test", as they were written.
+
+    Raises:
+        UserError: an unknown name, or a source that is missing, wrong or incomplete.
+    """
+    if name not in _MODULES:
+        raise UserError(f"data.corpus: found {name!r}, which is no corpus: {nearest(name, CORPORA)}")
+    directory = directory.resolve()
+    _refuse_to_overwrite(source, directory)
+    corpus = cast(Corpus, import_module(_MODULES[name]))
+    directory.mkdir(parents=True, exist_ok=True)
+    _clear(directory)
+    manifests = corpus.bring(directory, source, processes, progress or _show_nothing)
+    _refuse_overlap(manifests)
+    for split in SPLITS:
+        manifests[split].write(directory / f"{split}.jsonl")
+    return {split: Manifest.read(directory / f"{split}.jsonl") for split in SPLITS}
+
+
+def make_audio_folder(directory: Path) -> Path:
+    """Make and return ``directory/wav``, marked as ours, so that a later call may replace it.
+
+    Raises:
+        UserError: somebody else's ``wav`` stands there.
+    """
+    audio = directory / "wav"
+    if audio.exists() and (not audio.is_dir() or any(audio.iterdir())):
+        raise UserError(
+            f"{audio} is there already and was not made by sonosco, so it is left alone. "
+            "Give a folder of its own to the corpus."
+        )
+    audio.mkdir(exist_ok=True)
+    (audio / _MARKER).touch()
+    return audio
+
+
+def some(names: list[str]) -> str:
+    """Name the first five and say how many there are: what a message about many files needs."""
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def _clear(directory: Path) -> None:
+    for split in SPLITS:
+        (directory / f"{split}.jsonl").unlink(missing_ok=True)
+    audio = directory / "wav"
+    if not (audio / _MARKER).is_file():
+        return
+    # The marker goes last: a clearing that was killed can still be recognised and finished.
+    for child in sorted(audio.iterdir()):
+        if child.is_dir():
+            shutil.rmtree(child)
+        elif child.name != _MARKER:
+            child.unlink()
+    (audio / _MARKER).unlink()
+    audio.rmdir()
+
+
+def _refuse_to_overwrite(source: str | None, directory: Path) -> None:
+    if source is None or "://" in source:
+        return
+    origin = Path(source).expanduser().resolve()
+    if origin == directory or directory in origin.parents:
+        raise UserError(
+            f"data.source: {source} lies in {directory}, where the corpus is to be written and earlier "
+            "manifests are replaced. Give a source elsewhere, or another folder for the corpus."
+        )
+
+
+def _refuse_overlap(manifests: dict[str, Manifest]) -> None:
+    split_of: dict[str, str] = {}
+    for split, manifest in manifests.items():
+        twice = [utterance.id for utterance in manifest if utterance.id in split_of]
+        if twice:
+            raise UserError(
+                f"these ids stand in {split_of[twice[0]]} and in {split}: {some(twice)}. An utterance may be "
+                "in one split only: rename or remove them."
+            )
+        split_of |= dict.fromkeys((utterance.id for utterance in manifest), split)
+
+
+def _show_nothing(done: int, everything: int) -> None:
+    """Stand in for a caller who wants no progress."""

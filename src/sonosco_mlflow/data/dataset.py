@@ -1,0 +1,112 @@
+"""AudioDataset: the utterances of a manifest as normalised features and token ids.
+
+Features come from a :class:`~sonosco_mlflow.data.features.FeatureStore` where there is one, else straight from the
+audio; both ways give the same numbers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from sonosco_mlflow.data.augment import Augmentation
+from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.processor import AudioDataProcessor
+from sonosco_mlflow.determinism import random_stream
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One utterance: features ``[frames, n_mels]`` float32, tokens ``[length]`` int64, and its reference text."""
+
+    id: str
+    text: str
+    features: Tensor
+    tokens: Tensor
+
+
+class AudioDataset:
+    """Utterances of a manifest, ready for a model.
+
+    Args:
+        manifest: the utterances, in its order.
+        processor: turns audio into features.
+        tokenizer: turns text into tokens.
+        store: features extracted beforehand; None computes them from the audio each time.
+        statistics: mean and standard deviation to normalise by (of the training split); None leaves features as they
+            are.
+        augmentation: applied by :meth:`sample`, never by indexing.
+        seed: key of the augmentation.
+
+    Raises:
+        UserError: ``store`` lacks an utterance of the manifest.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        processor: AudioDataProcessor,
+        tokenizer: Tokenizer,
+        *,
+        store: FeatureStore | None = None,
+        statistics: FeatureStatistics | None = None,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.manifest = manifest
+        self.processor = processor
+        self.tokenizer = tokenizer
+        self.store = store
+        self.statistics = statistics
+        self.augmentation = augmentation
+        self.seed = seed
+        self.frames = self._frames()
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, position: int) -> Sample:
+        """Return the utterance at ``position`` without augmentation."""
+        utterance = self.manifest[position]
+        if self.store is not None:
+            features = torch.from_numpy(self.store.read(utterance.id).astype(np.float32))
+        else:
+            features = self.processor(self.manifest.audio_path(utterance))
+        if self.statistics is not None:
+            features = self.statistics.normalise(features)
+        tokens = torch.tensor(self.tokenizer.encode(utterance.text), dtype=torch.int64)
+        return Sample(utterance.id, utterance.text, features, tokens)
+
+    def sample(self, position: int, epoch: int) -> Sample:
+        """Return the utterance at ``position`` as ``epoch`` sees it: augmented by (seed, epoch, utterance id)."""
+        sample = self[position]
+        if self.augmentation is None:
+            return sample
+        stream = random_stream(self.seed, "augment", epoch, sample.id)
+        return Sample(sample.id, sample.text, self.augmentation(sample.features, stream), sample.tokens)
+
+    def _frames(self) -> list[int]:
+        if self.store is None:
+            return [self._frames_of_audio(position) for position in range(len(self.manifest))]
+        missing = [utterance.id for utterance in self.manifest if utterance.id not in self.store]
+        if missing:
+            raise UserError(
+                f"{self.store.directory}: {len(missing)} utterances of the manifest have no features, "
+                f"the first is '{missing[0]}'; bring them up to date with `dvc repro features`"
+            )
+        return [self.store.frames(utterance.id) for utterance in self.manifest]
+
+    def _frames_of_audio(self, position: int) -> int:
+        path = self.manifest.audio_path(self.manifest[position])
+        try:
+            header = soundfile.info(path)
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as audio ({error})") from error
+        # Resampling gives ceil(samples * new / old) samples.
+        samples = -(-header.frames * self.processor.sample_rate // header.samplerate)
+        return self.processor.frames(samples)

@@ -1,0 +1,124 @@
+"""Batches of an epoch, from any position on, by any number of workers.
+
+The cursor is an argument: ``loader.epoch(3, start=120)`` begins at batch 120 of epoch 3 without touching the 120
+before it. What a worker prefetched is nobody's state; the consumer counts what it consumed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sonosco_mlflow.data.batching import BatchPlan
+from sonosco_mlflow.data.dataset import AudioDataset, Sample
+from sonosco_mlflow.text import SpecialToken, Tokenizer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Utterances padded to a common length.
+
+    Attributes:
+        ids: utterance ids.
+        texts: reference transcripts.
+        features: ``[batch, time, mel]`` float32, zero beyond each utterance's length.
+        feature_lengths: ``[batch]`` int64, frames.
+        tokens: ``[batch, length]`` int64 without start or end of sentence, ``SpecialToken.PAD`` beyond the length.
+        token_lengths: ``[batch]`` int64.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    features: Tensor
+    feature_lengths: Tensor
+    tokens: Tensor
+    token_lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def frames(self) -> int:
+        """Number of frames that are not padding."""
+        return int(self.feature_lengths.sum())
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors on ``device``."""
+        return replace(
+            self,
+            features=self.features.to(device),
+            feature_lengths=self.feature_lengths.to(device),
+            tokens=self.tokens.to(device),
+            token_lengths=self.token_lengths.to(device),
+        )
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Pad ``samples`` to a :class:`Batch`, in their order."""
+    features = torch.nn.utils.rnn.pad_sequence([sample.features for sample in samples], batch_first=True)
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [sample.tokens for sample in samples], batch_first=True, padding_value=float(SpecialToken.PAD)
+    )
+    return Batch(
+        ids=[sample.id for sample in samples],
+        texts=[sample.text for sample in samples],
+        features=features,
+        feature_lengths=torch.tensor([len(sample.features) for sample in samples]),
+        tokens=tokens,
+        token_lengths=torch.tensor([len(sample.tokens) for sample in samples]),
+    )
+
+
+class _Epoch(Dataset[Sample]):
+    """The dataset as one epoch sees it: the epoch is a key of the augmentation."""
+
+    def __init__(self, dataset: AudioDataset, epoch: int) -> None:
+        self.dataset = dataset
+        self.epoch = epoch
+
+    def __getitem__(self, position: int) -> Sample:
+        return self.dataset.sample(position, self.epoch)
+
+
+class AudioDataLoader:
+    """Padded batches of an :class:`AudioDataset`, in the order of a :class:`BatchPlan`.
+
+    Args:
+        dataset: what to load.
+        frames_per_batch: bound on the padded size of a batch, in frames.
+        seed: key of the order; None orders by length, the same in every epoch (evaluation).
+        workers: processes that load ahead; the batches do not depend on it. 0 loads in this process.
+    """
+
+    def __init__(
+        self, dataset: AudioDataset, *, frames_per_batch: int, seed: int | None = None, workers: int = 0
+    ) -> None:
+        self.dataset = dataset
+        self.workers = workers
+        self.plan = BatchPlan(dataset.frames, frames_per_batch, seed)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the dataset."""
+        return self.dataset.tokenizer
+
+    def batches_in(self, epoch: int) -> int:
+        """Return the number of batches of ``epoch``."""
+        return len(self.plan.batches(epoch))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of ``epoch`` from number ``start`` on."""
+        yield from DataLoader(
+            _Epoch(self.dataset, epoch),
+            batch_sampler=self.plan.batches(epoch)[start:],
+            collate_fn=collate,
+            num_workers=self.workers,
+            # A generator of its own: the DataLoader would otherwise draw a seed from torch's global one.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)

@@ -1,0 +1,116 @@
+"""AudioDataProcessor: from a sound file to log-mel features.
+
+>>> processor = AudioDataProcessor(n_mels=80)
+>>> processor.features(torch.zeros(16000)).shape
+torch.Size([98, 80])
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import soundfile
+import torch
+import torchaudio
+from torch import Tensor
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.serializer import serializable
+
+WINDOWS: Mapping[str, Callable[[int], Tensor]] = {
+    "hann": partial(torch.hann_window, periodic=False),
+    "hamming": partial(torch.hamming_window, periodic=False),
+    "blackman": partial(torch.blackman_window, periodic=False),
+    "povey": lambda length: torch.hann_window(length, periodic=False) ** 0.85,
+}
+
+
+def read_audio(path: Path, sample_rate: int) -> Tensor:
+    """Return the samples of a sound file as float32 ``[samples]`` in [-1, 1] at ``sample_rate`` Hz, mixed to mono.
+
+    Reads what libsndfile reads: wav, flac, ogg, opus, mp3, NIST sphere.
+
+    Raises:
+        UserError: the file is missing or is no sound file that can be read.
+    """
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from error
+    waveform = torch.from_numpy(samples).mean(dim=1)
+    if rate != sample_rate:
+        waveform = torchaudio.functional.resample(waveform, rate, sample_rate)
+    return waveform
+
+
+@serializable
+class AudioDataProcessor:
+    """Log-mel filter-bank energies of a waveform, by torchaudio, without dither.
+
+    Args:
+        sample_rate: Hz; audio at another rate is resampled to it.
+        n_mels: number of mel filters.
+        window_size: seconds of one analysis window.
+        window_stride: seconds between the starts of two windows.
+        window: "hann", "hamming", "blackman" or "povey" (a Hann window to the power 0.85, as in Kaldi).
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_mels: int = 80,
+        window_size: float = 0.025,
+        window_stride: float = 0.01,
+        window: str = "hann",
+    ) -> None:
+        if window not in WINDOWS:
+            raise UserError(f"features.window is '{window}', expected one of {', '.join(WINDOWS)}")
+        self.sample_rate = sample_rate
+        self.n_mels = n_mels
+        self.window_length = round(window_size * sample_rate)
+        self.hop_length = round(window_stride * sample_rate)
+        n_fft = 2 ** math.ceil(math.log2(self.window_length))
+        self._spectrogram = torchaudio.transforms.MelSpectrogram(
+            sample_rate,
+            n_fft=n_fft,
+            win_length=self.window_length,
+            hop_length=self.hop_length,
+            n_mels=n_mels,
+            window_fn=WINDOWS[window],
+            center=False,
+        )
+        # center=False pads the window symmetrically to n_fft; the waveform is padded alike, so that frame i covers
+        # exactly the samples from i * hop_length on.
+        self._left = (n_fft - self.window_length) // 2
+        self._right = n_fft - self.window_length - self._left
+
+    def frames(self, samples: int) -> int:
+        """Return the number of feature frames of a waveform of that many samples at ``sample_rate``."""
+        return max(0, 1 + (samples - self.window_length) // self.hop_length)
+
+    def features(self, waveform: Tensor) -> Tensor:
+        """Return natural-log mel energies ``[frames, n_mels]`` float32 of a waveform ``[samples]``.
+
+        Raises:
+            UserError: the waveform is shorter than one window.
+        """
+        if self.frames(len(waveform)) == 0:
+            raise UserError(
+                f"{len(waveform)} samples are shorter than one analysis window of {self.window_length}"
+            )
+        padded = torch.nn.functional.pad(waveform, (self._left, self._right))
+        energies: Tensor = self._spectrogram(padded)
+        return energies.clamp_min(1e-10).log().T.contiguous()
+
+    def __call__(self, path: Path) -> Tensor:
+        """Return the features ``[frames, n_mels]`` of a sound file.
+
+        Raises:
+            UserError: the file cannot be read, or is shorter than one window; the message names it.
+        """
+        waveform = read_audio(path, self.sample_rate)
+        try:
+            return self.features(waveform)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error

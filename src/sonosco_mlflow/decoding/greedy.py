@@ -1,0 +1,125 @@
+"""Greedy decoding of whole batches: the most likely token at each frame (CTC) or step (attention).
+
+Nothing here knows a model: CTC decoding takes the log-probabilities, attention decoding takes the function
+that makes one step. So every model decodes by the same two loops, and they stand below the models in the
+order of imports.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sonosco_mlflow.text import SpecialToken
+
+State = tuple[Tensor, ...]
+"""What a decoder carries from one step to the next; each tensor has a batch dimension."""
+
+Step = Callable[[Tensor, State | None], tuple[Tensor, Tensor, State]]
+"""One decoder step.
+
+Takes the previous tokens ``[batch]`` and the state, None before the first step; returns logits
+``[batch, vocabulary]``, attention weights ``[batch, frames]`` and the state after it.
+"""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What greedy decoding found for one utterance.
+
+    Attributes:
+        tokens: ids without special tokens.
+        score: natural logarithm of the sequence's probability.
+        weights: ``[steps, frames]`` on the CPU, the attention of each step up to and including the end of
+            sentence; empty for CTC.
+    """
+
+    tokens: list[int]
+    score: float
+    weights: Tensor
+
+
+def without_special(tokens: list[int]) -> list[int]:
+    """Return ``tokens`` less the special ones."""
+    return [token for token in tokens if token >= len(SpecialToken)]
+
+
+def ctc_log_likelihood(log_probs: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    """Return ``[batch]``, each utterance's log-probability of its tokens, summed over all alignments.
+
+    It runs on the CPU whatever the device of ``log_probs``: the backward pass of torch's CUDA kernel adds in
+    no fixed order. An utterance with too few frames for its tokens gets 0 and no gradient.
+
+    Args:
+        log_probs: ``[batch, frames, vocabulary]``.
+        lengths: ``[batch]``, frames of each utterance.
+        tokens: ``[batch, length]``.
+        token_lengths: ``[batch]``.
+    """
+    return -functional.ctc_loss(
+        log_probs.transpose(0, 1).cpu(),
+        tokens.cpu(),
+        lengths.cpu(),
+        token_lengths.cpu(),
+        blank=SpecialToken.BLANK,
+        reduction="none",
+        zero_infinity=True,
+    )
+
+
+def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[Decoded]:
+    """Return the tokens on each utterance's best path: repeats merged, then blanks dropped.
+
+    The score is that of the token sequence over all its alignments, not of the one path.
+
+    Args:
+        log_probs: ``[batch, frames, vocabulary]``.
+        lengths: ``[batch]``, frames of each utterance.
+    """
+    log_probs, lengths = log_probs.detach().cpu(), lengths.cpu()
+    best = log_probs.argmax(dim=-1)
+    before = functional.pad(best[:, :-1], (1, 0), value=-1)
+    valid = torch.arange(best.shape[1]) < lengths[:, None]
+    kept = valid & (best != before) & (best >= len(SpecialToken))
+    rows = [row[mask] for row, mask in zip(best, kept, strict=True)]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float(SpecialToken.PAD))
+    scores = ctc_log_likelihood(log_probs, lengths, tokens, kept.sum(dim=1))
+    return [
+        Decoded(row.tolist(), score, torch.empty(0)) for row, score in zip(rows, scores.tolist(), strict=True)
+    ]
+
+
+def attention_greedy(step: Step, limits: Tensor) -> list[Decoded]:
+    """Return each utterance's tokens, taking the likeliest next one until the end of sentence.
+
+    All utterances take their steps together; the loop ends when each has its end of sentence or has reached
+    its limit.
+
+    Args:
+        step: makes one decoder step; its first call gets the start of sentence and no state.
+        limits: ``[batch]`` int64, at least 1; the greatest number of steps of each utterance.
+    """
+    previous = torch.full_like(limits, int(SpecialToken.SOS))
+    active = torch.ones_like(limits, dtype=torch.bool)
+    scores = torch.zeros(limits.shape, device=limits.device)
+    steps = torch.zeros_like(limits)
+    tokens: list[Tensor] = []
+    weights: list[Tensor] = []
+    state: State | None = None
+    while bool(active.any()):
+        logits, attended, state = step(previous, state)
+        best_score, previous = logits.log_softmax(dim=-1).max(dim=-1)
+        tokens.append(previous)
+        weights.append(attended)
+        scores = scores + best_score.masked_fill(~active, 0.0)
+        steps = steps + active
+        active = active & (previous != SpecialToken.EOS) & (steps < limits)
+    all_tokens, all_weights = torch.stack(tokens, dim=1).cpu(), torch.stack(weights, dim=1).cpu()
+    return [
+        Decoded(without_special(row[:count].tolist()), score, attended[:count])
+        for row, score, attended, count in zip(
+            all_tokens, scores.tolist(), all_weights, steps.tolist(), strict=True
+        )
+    ]

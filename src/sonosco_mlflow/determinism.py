@@ -1,0 +1,111 @@
+"""Randomness by key, and the settings on which equal bits depend.
+
+A random draw that is *carried* (the state of one generator, passed on from step to step) can only be repeated by
+repeating everything before it. A draw that is *keyed* is a pure function of what it is for: the seed, the name of
+the stream, the epoch, the utterance. So a run can be continued at any step, by any number of workers, without a replay.
+
+>>> random_stream(0, "augment", 3, "an4-fash-b").random() == random_stream(0, "augment", 3, "an4-fash-b").random()
+True
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+
+Key = int | str
+
+
+def _key_digest(key: tuple[Key, ...]) -> bytes:
+    # JSON keeps 1 and "1" apart and needs no separator that a key could contain.
+    return hashlib.sha256(json.dumps(key).encode()).digest()
+
+
+def random_stream(*key: Key) -> np.random.Generator:
+    """Return a generator whose draws depend on ``key`` alone, the same on every machine."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(_key_digest(key)[:16], "little")))
+
+
+def seed_for(*key: Key) -> int:
+    """Return a seed in [0, 2**63) for ``key``, for generators other than NumPy's (``torch.manual_seed``)."""
+    return int.from_bytes(_key_digest(key)[:8], "little") >> 1
+
+
+def configure(threads: int) -> None:
+    """Make torch's results a function of its inputs: deterministic algorithms and a fixed number of threads.
+
+    The number of threads belongs to the result (sums are split by it), so it is a setting of the run and not of the
+    machine. Call it before the first CUDA operation: cuBLAS reads its workspace setting then.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def generator_states() -> dict[str, object]:
+    """Return the states of the global generators of Python, NumPy, torch and every CUDA device, as plain data.
+
+    Nothing in this package draws from them across steps; user code may.
+    """
+    import torch
+
+    version, internal, gauss = random.getstate()
+    # The dictionary form of the legacy state names its parts; the tuple form would be loaded by position.
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    inner = numpy_state["state"]
+    return {
+        "python": {"version": version, "internal": list(internal), "gauss": gauss},
+        "numpy": {
+            "key": torch.from_numpy(inner["key"].astype(np.int64)),
+            "position": int(inner["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+    }
+
+
+def set_generator_states(states: Mapping[str, object]) -> None:
+    """Set the global generators to what :func:`generator_states` returned."""
+    import torch
+
+    python, numpy_state = states["python"], states["numpy"]
+    torch_state, cuda_states = states["torch"], states["cuda"]
+    assert isinstance(python, dict)
+    assert isinstance(numpy_state, dict)
+    assert isinstance(torch_state, torch.Tensor)
+    assert isinstance(cuda_states, list)
+    random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {
+                "key": numpy_state["key"].numpy().astype(np.uint32),
+                "pos": numpy_state["position"],
+            },
+            "has_gauss": numpy_state["has_gauss"],
+            "gauss": numpy_state["gauss"],
+        }
+    )
+    torch.set_rng_state(torch_state)
+    if torch.cuda.is_available() and cuda_states:
+        torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Leave every global generator after the block as it was before it (validation must not disturb training)."""
+    states = generator_states()
+    try:
+        yield
+    finally:
+        set_generator_states(states)

@@ -1,0 +1,27 @@
+"""The two kinds of failure a reader meets: a mistake that they can mend, and a run that was stopped.
+
+Every message of :class:`UserError` names the file, line or key, says what was found and what was expected, and
+what to do next. The command line prints it alone, without a traceback, and ends with status 1.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+# A longer list hides the answer that it should give.
+MOST_CHOICES = 12
+
+
+class UserError(Exception):
+    """A mistake in the reader's input: a configuration key, a file, a command. The message is for them."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return the clause that names the nearest valid choice and, where they are few, all of them.
+
+    >>> nearest("tsd", ["tds", "las"])
+    "did you mean 'tds'? Valid: las, tds"
+    """
+    valid = sorted(choices)
+    matches = get_close_matches(word, valid, n=1, cutoff=0.5)
+    suggestion = f"did you mean '{matches[0]}'? " if matches else ""
+    return f"{suggestion}Valid: {', '.join(valid)}" if len(valid) <= MOST_CHOICES else suggestion.strip()

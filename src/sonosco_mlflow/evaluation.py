@@ -1,0 +1,107 @@
+"""What a run shows at its end: hypotheses beside references, learning curves, an alignment, a spectrogram."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+
+from sonosco_mlflow.data.dataset import Sample
+from sonosco_mlflow.data.loader import collate
+from sonosco_mlflow.metrics import word_errors
+from sonosco_mlflow.models.base import SpeechModel
+from sonosco_mlflow.text import SpecialToken, Tokenizer
+from sonosco_mlflow.training.trainer import Validation
+
+Curve = tuple[Sequence[int], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class UtteranceResult:
+    """One utterance of an evaluation: its texts, and its word errors against its reference's words."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    errors: int
+    words: int
+
+
+def utterance_results(validation: Validation) -> list[UtteranceResult]:
+    """Return each utterance's texts and errors, in the order of the evaluation."""
+    results = []
+    for name, reference, hypothesis in zip(
+        validation.ids, validation.references, validation.hypotheses, strict=True
+    ):
+        counts = word_errors([reference], [hypothesis])
+        results.append(UtteranceResult(name, reference, hypothesis, counts.errors, counts.reference_length))
+    return results
+
+
+def learning_curves(curves: Mapping[str, Curve]) -> bytes:
+    """Return a PNG of losses above and error rates below, over optimizer steps.
+
+    Args:
+        curves: steps and values by metric name; what is neither a loss nor an error rate is left out.
+    """
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True)
+    for name, (steps, values) in curves.items():
+        axes = losses if name.endswith("loss") else rates if name.endswith("error_rate") else None
+        if axes is not None:
+            axes.plot(steps, values, label=name, linewidth=1, marker="." if len(steps) < 100 else None)
+    for axes, title in ((losses, "loss"), (rates, "error rate")):
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    rates.set_xlabel("optimizer step")
+    return _png(figure)
+
+
+def mel_spectrogram(sample: Sample) -> bytes:
+    """Return a PNG of an utterance's features."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(sample.features.T, origin="lower", aspect="auto", interpolation="nearest")
+    figure.colorbar(image, label="normalised log energy")
+    axes.set(xlabel="frame", ylabel="mel band", title=f"{sample.id}: {sample.text}")
+    return _png(figure)
+
+
+def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) -> bytes:
+    """Return a PNG of where ``model`` looked while it decoded ``sample``: attention weights, or CTC posteriors."""
+    mode = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        hypothesis = model.decode(collate([sample]).to(device))[0]
+    model.train(mode)
+    labels = [tokenizer.decode([token]) or SpecialToken(token).name for token in range(tokenizer.vocabulary_size)]
+    steps = [tokenizer.decode([token]) for token in hypothesis.tokens]
+    weights = hypothesis.alignment.cpu()
+    if weights.shape[1] == tokenizer.vocabulary_size and weights.shape[0] != len(steps):
+        weights, steps = weights.T, labels
+    figure = Figure(figsize=(8, max(3.0, 0.16 * len(weights))), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(weights, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    figure.colorbar(image, label="weight")
+    axes.set_yticks(range(len(steps)), steps, fontsize=6)
+    axes.set(xlabel="encoder frame", ylabel="token", title=f"{sample.id}: {tokenizer.decode(hypothesis.tokens)}")
+    return _png(figure)
+
+
+def transcripts(results: Sequence[UtteranceResult], count: int) -> str:
+    """Return ``count`` references with their hypotheses below them, evenly spread over ``results``."""
+    chosen = [results[i * len(results) // count] for i in range(min(count, len(results)))]
+    return "\n".join(
+        f"  {result.id}\n    reference   {result.reference}\n    hypothesis  {result.hypothesis}" for result in chosen
+    )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # Without the software's version in its metadata the picture depends on the data alone.
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,92 @@
+"""Error rates as counts that can be summed, and as functions of a whole set.
+
+A metric is any callable ``metric(references, hypotheses) -> float`` over all utterances of a set. The rates here sum
+errors and reference lengths over the set before dividing: the mean of the utterances' rates would weigh a word in
+a short utterance more than one in a long one.
+
+>>> word_error_rate(["ZERO ONE", "TWO"], ["ZERO", "TWO"])
+0.3333333333333333
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+Metric = Callable[[Sequence[str], Sequence[str]], float]
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Edit operations against a reference, and the reference's length, in words or characters.
+
+    Counts of disjoint sets add up to the counts of their union, on one machine or many.
+    """
+
+    substitutions: int = 0
+    deletions: int = 0
+    insertions: int = 0
+    reference_length: int = 0
+
+    @property
+    def errors(self) -> int:
+        """Number of edit operations."""
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Errors per reference word or character, a fraction; may exceed 1. NaN for an empty reference."""
+        return self.errors / self.reference_length if self.reference_length else float("nan")
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+            self.reference_length + other.reference_length,
+        )
+
+
+def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
+    """Count word errors of aligned lists, as jiwer does; an empty reference counts its hypothesis as insertions."""
+    # Imported here: whoever reads a recipe or a manifest should not pay for it.
+    import jiwer
+
+    return _count(jiwer.process_words, references, hypotheses, lambda text: len(text.split()))
+
+
+def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
+    """Count character errors of aligned lists, spaces included, as jiwer does."""
+    import jiwer
+
+    return _count(jiwer.process_characters, references, hypotheses, len)
+
+
+def _count(
+    process: Callable[[list[str], list[str]], Any],
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    length: Callable[[str], int],
+) -> ErrorCounts:
+    pairs = list(zip(references, hypotheses, strict=True))
+    # jiwer refuses empty references.
+    spoken = [pair for pair in pairs if pair[0].strip()]
+    invented = sum(length(hypothesis) for reference, hypothesis in pairs if not reference.strip())
+    if not spoken:
+        return ErrorCounts(insertions=invented)
+    result = process([reference for reference, _ in spoken], [hypothesis for _, hypothesis in spoken])
+    return ErrorCounts(
+        result.substitutions,
+        result.deletions,
+        result.insertions + invented,
+        result.hits + result.substitutions + result.deletions,
+    )
+
+
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Return summed word errors over summed reference words, a fraction (0.08 is 8 %)."""
+    return word_errors(references, hypotheses).rate
+
+
+def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Return summed character errors over summed reference characters, a fraction."""
+    return character_errors(references, hypotheses).rate

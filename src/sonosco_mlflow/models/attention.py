@@ -1,0 +1,185 @@
+"""What every attention model shares: memory of an utterance, attention, teacher forcing, greedy decoding.
+
+A model of this kind has two parts: an encoder that turns features into keys and values, and a decoder that
+reads the previous tokens and attends to them. The decoder is one function for both uses: all steps at once
+under teacher forcing, one step at a time in decoding.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.decoding.greedy import State, attention_greedy, without_special
+from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
+from sonosco_mlflow.models.layers import valid_frames
+from sonosco_mlflow.text import SpecialToken
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An encoded batch.
+
+    Attributes:
+        keys: ``[batch, frames, key]``.
+        values: ``[batch, frames, value]``.
+        lengths: ``[batch]`` int64, encoder frames.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+
+def attend(queries: Tensor, memory: Memory, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scaled inner-product attention of all steps at once.
+
+    Args:
+        queries: ``[batch, steps, key]``.
+        memory: what is attended to.
+        bias: ``[batch, steps, frames]``, added to the scores.
+
+    Returns:
+        Contexts ``[batch, steps, value]`` and weights ``[batch, steps, frames]``; padding frames weigh
+        exactly 0.
+    """
+    scores = queries @ memory.keys.transpose(1, 2) / memory.keys.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias
+    padding = ~valid_frames(memory.lengths, scores.shape[-1])
+    weights = scores.masked_fill(padding[:, None, :], float("-inf")).softmax(dim=-1)
+    return weights @ memory.values, weights
+
+
+def soft_window(memory: Memory, steps: int, step_lengths: Tensor, sigma: float) -> Tensor:
+    """Return attention scores ``[batch, steps, frames]`` that favour the diagonal.
+
+    Step j of U prefers frame i of T by ``-(i - j T / U)^2 / (2 sigma^2)`` (Hannun et al. 2019, section 3.2),
+    with each utterance's own T and U.
+
+    Args:
+        memory: what is attended to; its lengths are T.
+        steps: decoder steps, padding included.
+        step_lengths: ``[batch]``, decoder steps of each utterance (U).
+        sigma: width of the window in frames.
+    """
+    frame_positions = torch.arange(memory.keys.shape[1], device=step_lengths.device)
+    step_positions = torch.arange(steps, device=step_lengths.device)
+    centres = step_positions * (memory.lengths / step_lengths)[:, None]
+    return -(frame_positions - centres[..., None]).square() / (2 * sigma**2)
+
+
+def shifted(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the decoder's previous tokens and its targets, both ``[batch, length + 1]``.
+
+    Previous tokens begin with the start of sentence, targets end with the end of sentence; the rest is
+    padding.
+    """
+    previous = functional.pad(tokens, (1, 0), value=int(SpecialToken.SOS))
+    ends = torch.arange(tokens.shape[1] + 1, device=tokens.device) == lengths[:, None]
+    padded = functional.pad(tokens, (0, 1), value=int(SpecialToken.PAD))
+    return previous, padded.masked_fill(ends, int(SpecialToken.EOS))
+
+
+def sequence_loss(logits: Tensor, targets: Tensor, lengths: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return the mean over utterances of each one's mean cross-entropy per target.
+
+    Args:
+        logits: ``[batch, steps, vocabulary]``.
+        targets: ``[batch, steps]``.
+        lengths: ``[batch]``, targets of each utterance.
+        smoothing: share of the target distribution spread evenly over the vocabulary.
+    """
+    entropies = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing
+    ).view_as(targets)
+    valid = valid_frames(lengths, targets.shape[1])
+    return (entropies.masked_fill(~valid, 0.0).sum(dim=1) / lengths).mean()
+
+
+class AttentionModel(SpeechModel):
+    """A sequence-to-sequence model over :meth:`encode` and :meth:`spell`.
+
+    Args:
+        label_smoothing: share of the target distribution spread evenly, in training only, so that a
+            validation loss is a likelihood.
+        soft_window_sigma: width of the soft window in encoder frames.
+
+    Attributes:
+        soft_window: whether training adds :func:`soft_window` to the attention scores. It teaches a new model
+            that speech is read from left to right; a callback sets it for each epoch. Never used in
+            evaluation, where the number of steps is not known.
+    """
+
+    def __init__(self, label_smoothing: float, soft_window_sigma: float) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.soft_window_sigma = soft_window_sigma
+        self.soft_window = False
+
+    @abstractmethod
+    def encode(self, features: Tensor, lengths: Tensor) -> Memory:
+        """Return the memory of ``features`` ``[batch, time, mel]``, utterances of ``lengths`` frames."""
+
+    @abstractmethod
+    def spell(
+        self, previous: Tensor, memory: Memory, state: State | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Decode the steps that follow each of ``previous``.
+
+        Args:
+            previous: ``[batch, steps]``, the tokens before each step.
+            memory: the encoded batch.
+            state: what the call for the steps before returned; None at the start.
+            bias: ``[batch, steps, frames]``, added to the attention scores.
+
+        Returns:
+            Logits ``[batch, steps, vocabulary]``, attention weights ``[batch, steps, frames]``, and the state
+            after the last step.
+        """
+
+    @abstractmethod
+    def perturb(self, previous: Tensor, memory: Memory) -> Tensor:
+        """Return ``previous`` ``[batch, steps]`` as training shows it, by draws from torch's generator."""
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Return loss, logits and alignment of ``batch`` under teacher forcing."""
+        memory = self.encode(batch.features, batch.feature_lengths)
+        previous, targets = shifted(batch.tokens, batch.token_lengths)
+        lengths = batch.token_lengths + 1
+        bias, smoothing = None, 0.0
+        if self.training:
+            previous, smoothing = self.perturb(previous, memory), self.label_smoothing
+            if self.soft_window:
+                bias = soft_window(memory, previous.shape[1], lengths, self.soft_window_sigma)
+        logits, weights, _ = self.spell(previous, memory, bias=bias)
+        loss = sequence_loss(logits, targets, lengths, smoothing)
+        return ModelOutput(loss, logits, lengths, weights)
+
+    @torch.no_grad()
+    def decode(self, batch: Batch) -> list[Hypothesis]:
+        """Return the greedy hypothesis of each utterance, of at most ``2 * encoder frames + 10`` tokens.
+
+        An alignment has a row for each step, the end of sentence included.
+        """
+        memory = self.encode(batch.features, batch.feature_lengths)
+
+        def step(previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
+            logits, weights, state = self.spell(previous[:, None], memory, state)
+            return logits[:, 0], weights[:, 0], state
+
+        decoded = attention_greedy(step, limits=2 * memory.lengths + 10)
+        return [
+            Hypothesis(one.tokens, one.score, one.weights[:, :frames])
+            for one, frames in zip(decoded, memory.lengths.tolist(), strict=True)
+        ]
+
+    def teacher_forced(self, output: ModelOutput) -> list[list[int]]:
+        """Return the best next token after each reference prefix, special tokens dropped."""
+        best = output.logits.argmax(dim=-1).tolist()
+        return [
+            without_special(row[:length]) for row, length in zip(best, output.lengths.tolist(), strict=True)
+        ]

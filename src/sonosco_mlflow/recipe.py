@@ -1,0 +1,138 @@
+"""From the recipe to objects: loaders, model, optimizer, callbacks, trainer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sonosco_mlflow import metrics
+from sonosco_mlflow.config import Augment, Config, Optimizer, Schedule
+from sonosco_mlflow.data.augment import SpecAugment
+from sonosco_mlflow.data.dataset import AudioDataset
+from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
+from sonosco_mlflow.data.loader import AudioDataLoader
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.stages import DataFolder, make_processor
+from sonosco_mlflow.models import build_model
+from sonosco_mlflow.models.base import SpeechModel
+from sonosco_mlflow.text import CharacterTokenizer
+from sonosco_mlflow.training.callbacks import (
+    Callback,
+    EarlyStopping,
+    LinearWarmUp,
+    PlateauLearningRateReduction,
+    ScheduledLearningRateReduction,
+    SoftWindow,
+    StepwiseLearningRateReduction,
+    TextComparison,
+)
+from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The three splits of a recipe's data; only training is shuffled and augmented."""
+
+    train: AudioDataLoader
+    validation: AudioDataLoader
+    test: AudioDataLoader
+
+
+def build_loaders(config: Config, folder: DataFolder) -> Loaders:
+    """Return loaders over the data in ``folder``.
+
+    Raises:
+        UserError: the data is missing or incomplete.
+    """
+    return Loaders(
+        train=build_loader(config, folder, "train", training=True),
+        validation=build_loader(config, folder, "dev"),
+        test=build_loader(config, folder, "test"),
+    )
+
+
+def build_loader(config: Config, folder: DataFolder, split: str, *, training: bool = False) -> AudioDataLoader:
+    """Return the loader of one split."""
+    dataset = AudioDataset(
+        Manifest.read(folder.manifest(split)),
+        make_processor(config.features),
+        CharacterTokenizer.read(folder.vocabulary),
+        store=FeatureStore(folder.store(split)),
+        statistics=FeatureStatistics.read(folder.statistics),
+        augmentation=_augmentation(config.augment) if training else None,
+        seed=config.training.seed,
+    )
+    return AudioDataLoader(
+        dataset,
+        frames_per_batch=config.data.frames_per_batch,
+        seed=config.training.seed if training else None,
+        workers=config.data.workers,
+    )
+
+
+def build_trainer(config: Config, loaders: Loaders) -> ModelTrainer:
+    """Return the trainer of a recipe, with a model initialised from the recipe's seed."""
+    torch.manual_seed(config.training.seed)
+    model = build_model(
+        config.model.name,
+        config.model.preset,
+        n_mels=config.features.n_mels,
+        vocabulary_size=loaders.train.tokenizer.vocabulary_size,
+        settings=config.model.settings,
+    )
+    return ModelTrainer(
+        model,
+        optimizer=_optimizer(config.optimizer, model),
+        train_loader=loaders.train,
+        val_loader=loaders.validation,
+        metrics=[metrics.word_error_rate, metrics.character_error_rate],
+        callbacks=_callbacks(config, model),
+        epochs=config.training.epochs,
+        seed=config.training.seed,
+        accumulation=config.training.accumulation,
+        gradient_clip=config.training.gradient_clip,
+        validate_every_steps=config.training.validate_every_steps,
+        device=config.training.device,
+    )
+
+
+def _augmentation(augment: Augment) -> SpecAugment | None:
+    if augment.time_masks == 0 and augment.frequency_masks == 0:
+        return None
+    return SpecAugment(**augment.model_dump())
+
+
+def _optimizer(recipe: Optimizer, model: SpeechModel) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    match recipe.name:
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            )
+
+
+def _callbacks(config: Config, model: SpeechModel) -> list[Callback]:
+    callbacks: list[Callback] = [TextComparison()]
+    if config.schedule.warmup_steps:
+        callbacks.append(LinearWarmUp(config.schedule.warmup_steps))
+    callbacks += _reduction(config.schedule)
+    if hasattr(model, "soft_window"):
+        callbacks.append(SoftWindow(config.training.soft_window_epochs))
+    if config.training.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(config.training.early_stopping_patience))
+    return callbacks
+
+
+def _reduction(schedule: Schedule) -> list[Callback]:
+    match schedule.reduction:
+        case "plateau":
+            return [PlateauLearningRateReduction(schedule.patience, schedule.factor, schedule.floor)]
+        case "stepwise":
+            return [StepwiseLearningRateReduction(schedule.every_epochs, schedule.factor, schedule.floor)]
+        case "scheduled":
+            return [ScheduledLearningRateReduction(schedule.epochs, schedule.factor, schedule.floor)]
+        case "none":
+            return []

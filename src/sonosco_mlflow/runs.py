@@ -1,0 +1,228 @@
+"""What the commands do: train a recipe, bring its data, evaluate a run."""
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow.entities import Run
+
+from sonosco_mlflow import determinism
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.evaluation import UtteranceResult, learning_curves, transcripts, utterance_results
+from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.metrics import character_error_rate, word_error_rate
+from sonosco_mlflow.models import model_settings
+from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer
+from sonosco_mlflow.serving.logging import load_recognizer
+from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.mlflow_run import (
+    DATA_DIGEST,
+    TrackedRun,
+    connect,
+    download,
+    experiment_name,
+    find_run,
+)
+from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
+from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
+from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its id, its final metrics, and what it made of the test utterances."""
+
+    run_id: str
+    metrics: dict[str, float]
+    results: Sequence[UtteranceResult]
+
+
+def train(config: Config, project: Path, *, prepare: bool = True, results: Path | None = None) -> Outcome:
+    """Train a recipe from its data to a finished run in MLflow.
+
+    Args:
+        config: the recipe.
+        project: folder with ``dvc.yaml``.
+        prepare: bring the data up to date first; inside a DVC stage it already is.
+        results: folder for what DVC keeps of a run: its id, its metrics, its learning curves.
+
+    Raises:
+        KeyboardInterrupt: stopped by signal; the state is kept and the run can be continued.
+    """
+    # A wrong model name is to be told before minutes go into data.
+    settings = model_settings(config.model.name, config.model.preset, config.model.settings)
+    determinism.configure(config.training.threads)
+    folder = prepare_data(config, project) if prepare else ready_data(config, project)
+    loaders = build_loaders(config, folder)
+    trainer = build_trainer(config, loaders)
+    trainer.attach(ProgressBar())
+    name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
+    experiment = Experiment.create(
+        config, name=name, experiment=config.tracking.experiment, project=project
+    )
+    experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
+    experiment.setup_model_trainer(
+        trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder)
+    )
+    try:
+        experiment.start()
+    except KeyboardInterrupt:
+        experiment.stop()
+        raise
+    assert trainer.validation is not None
+    assert experiment.test is not None
+    metrics = {**trainer.validation.metrics, **experiment.test.metrics}
+    if results is not None:
+        _write_train_results(results, experiment, metrics)
+    return Outcome(
+        experiment.run.id,
+        metrics,
+        utterance_results(experiment.test),
+    )
+
+
+def bring_data(config: Config, project: Path) -> DataLineage:
+    """Bring the data of a recipe up to date, and say so on a run in MLflow."""
+    connect(project)
+    with TrackedRun.open(config.tracking.experiment, "data", f"data-{config.data.corpus}") as run:
+        lineage = DataLineage.of_folder(prepare_data(config, project))
+        run.set_tags({DATA_DIGEST: lineage.digest, **lineage.tags()})
+        run.log_text(config.to_yaml(), "config/params.yaml")
+        run.log_text(lineage.to_json(), "data/lineage.json")
+        for split, path in lineage.manifest_paths.items():
+            run.log_dataset(split, lineage.manifests[split], path, context=split)
+        run.describe(f"Data of the recipe `{config.data.corpus}`.\n\n{lineage.to_markdown()}")
+        training = run.newest_training_on(lineage.digest)
+        if training is not None:
+            run.make_child_of(training)
+    return lineage
+
+
+def evaluate(
+    run_id: str, project: Path, *, split: str = "test", prepare: bool = True, results: Path | None = None
+) -> Outcome:
+    """Evaluate the model that run ``run_id`` kept, on a run of its own below that one.
+
+    The numbers are derived again from what MLflow and DVC kept: nothing of the training process is left. Where the
+    run already holds them, the tag ``sonosco.reproduced`` says whether they are equal to the last bit.
+
+    Args:
+        run_id: a finished training run.
+        project: folder with ``dvc.yaml``.
+        split: which split of the run's data to evaluate.
+        prepare: bring the data up to date first; inside a DVC stage it already is.
+        results: folder for what DVC keeps: metrics and hypotheses.
+
+    Raises:
+        UserError: there is no such run, it kept no model, or its data is not to be had.
+    """
+    connect(project)
+    with tempfile.TemporaryDirectory() as scratch:
+        parent = find_run(run_id)
+        name = f"evaluate-{split}-of-{parent.info.run_id[:6]}"
+        with TrackedRun.open(experiment_name(parent), "evaluate", name) as run:
+            run.make_child_of(parent.info.run_id)
+            config = Config.load(download(run_id, "config/params.yaml", Path(scratch)))
+            determinism.configure(config.training.threads)
+            folder = prepare_data(config, project) if prepare else ready_data(config, project)
+            lineage = DataLineage.of_folder(folder)
+            _require_same_data(lineage, parent)
+            recognizer = load_recognizer(run_id, Path(scratch))
+            loader = build_loader(config, folder, split)
+            rates = [word_error_rate, character_error_rate]
+            validation = ModelTrainer(recognizer.model, val_loader=loader, metrics=rates).evaluate(
+                loader, f"{split}_"
+            )
+            run.log_metrics(validation.metrics, step=0)
+            table = utterance_results(validation)
+            run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")
+            run.log_dataset(split, lineage.manifests[split], folder.manifest(split), context=split)
+            recorded = {key: value for key, value in parent.data.metrics.items() if key in validation.metrics}
+            if recorded:
+                equal = all(validation.metrics[key] == value for key, value in recorded.items())
+                run.set_tags({"sonosco.reproduced": str(equal).lower()})
+            run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{_metrics_table(validation.metrics)}")
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
+        _write_json(results / "metrics.json", validation.metrics)
+        with (results / "hypotheses.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(vars(table[0])))
+            writer.writeheader()
+            writer.writerows(vars(row) for row in table)
+    return Outcome(run_id, validation.metrics, table)
+
+
+def recognizer_of(run_id: str, project: Path) -> SpeechRecognizer:
+    """Return the trained model of a run, ready to transcribe."""
+    connect(project)
+    find_run(run_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        return load_recognizer(run_id, Path(scratch))
+
+
+def run_of(file: Path) -> str:
+    """Return the run that a train stage's ``mlflow_run.json`` names.
+
+    Raises:
+        UserError: the file is missing or names none.
+    """
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: names no run ({error}); `dvc repro train` writes it") from error
+
+
+def report(outcome: Outcome) -> str:
+    """Return what a person wants to read at the end of a run."""
+    rates = {name: value for name, value in outcome.metrics.items() if name.endswith("error_rate")}
+    lines = [f"  {name:<28} {100 * value:6.2f} %" for name, value in rates.items()]
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    return "\n".join(
+        [
+            f"\nrun {outcome.run_id}",
+            *lines,
+            "",
+            transcripts(outcome.results, 3),
+            "",
+            f"see it:  mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"see it:  {uri}",
+        ]
+    )
+
+
+def _require_same_data(lineage: DataLineage, parent: Run) -> None:
+    expected = parent.data.tags.get(DATA_DIGEST)
+    if lineage.digest != expected:
+        raise UserError(
+            f"the data here is not what run {parent.info.run_id} used: digest {lineage.digest[:12]}, "
+            f"the run's tag {DATA_DIGEST} says {str(expected)[:12]}; data/lineage.json of the run names its parts"
+        )
+
+
+def _write_train_results(results: Path, experiment: Experiment, metrics: dict[str, float]) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    _write_json(results / "mlflow_run.json", {"run_id": experiment.run.id})
+    _write_json(results / "metrics.json", metrics)
+    curves = {name: experiment.history.curve(name) for name in experiment.history.names()}
+    for file_name, prefix in (("steps.csv", ("train_loss", "gradient_norm", "learning_rate")), ("validations.csv", ("val_",))):
+        chosen = {name: curve for name, curve in curves.items() if name.startswith(prefix)}
+        with (results / file_name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", *chosen])
+            steps = next(iter(chosen.values()))[0]
+            writer.writerows(zip(steps, *(values for _, values in chosen.values()), strict=True))
+    (results / "learning_curves.png").write_bytes(learning_curves(curves))
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _metrics_table(metrics: dict[str, float]) -> str:
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    return f"| metric | value |\n|---|---|\n{rows}"

@@ -1,0 +1,1 @@
+"""Objects and state as plain data on the disk."""

@@ -1,0 +1,31 @@
+"""The recognizer as an MLflow model: from code and safetensors, without a pickle.
+
+MLflow runs this file when it loads the model::
+
+    model = mlflow.pyfunc.load_model("models:/...")
+    model.predict(waveform)          # [samples] or [batch, samples] float32 at the model's sample rate
+"""
+
+from pathlib import Path
+
+import mlflow
+import numpy as np
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+
+
+class RecognizerModel(PythonModel):
+    """Transcribes waveforms with the recognizer among the model's artifacts."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the recognizer."""
+        self.recognizer = SpeechRecognizer.load(Path(context.artifacts["recognizer"]))
+
+    # No annotations: MLflow would take them for a schema; the model's signature says what goes in and out.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Return the text of a waveform ``[samples]``, or of each row of ``[batch, samples]``, as an array."""
+        return np.array(self.recognizer.transcribe(list(np.atleast_2d(model_input))))
+
+
+mlflow.models.set_model(RecognizerModel())

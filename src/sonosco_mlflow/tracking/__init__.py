@@ -1,0 +1,1 @@
+"""Where runs are recorded: MLflow, DVC, git and TensorBoard, and nowhere else."""

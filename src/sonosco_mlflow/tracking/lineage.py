@@ -1,0 +1,101 @@
+"""Where the data of a run comes from: the manifests' digests, and DVC's where DVC versions them."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from sonosco_mlflow.data.corpora.base import SPLITS
+from sonosco_mlflow.data.loader import AudioDataLoader
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.text import CharacterTokenizer
+from sonosco_mlflow.tracking.pipeline import stage_outputs
+
+
+@dataclass(frozen=True)
+class DataLineage:
+    """The identity of a run's data.
+
+    Attributes:
+        manifests: sha256 of each split's manifest.
+        vocabulary: sha256 of the tokenizer's vocabulary, or None.
+        outputs: DVC's digest of each data output, by path; empty where DVC does not version the data.
+        counts: utterances, hours and speakers of each split.
+        manifest_paths: where each split's manifest lies, as far as it lies in a file.
+    """
+
+    manifests: dict[str, str]
+    vocabulary: str | None
+    outputs: dict[str, str]
+    counts: dict[str, dict[str, float]]
+    manifest_paths: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of_folder(cls, folder: DataFolder) -> Self:
+        """Describe the data that the DVC stages made."""
+        manifests = {split: Manifest.read(folder.manifest(split)) for split in SPLITS}
+        return cls(
+            manifests={split: manifest.digest for split, manifest in manifests.items()},
+            vocabulary=CharacterTokenizer.read(folder.vocabulary).digest,
+            outputs=stage_outputs(folder),
+            counts={split: _counts(manifest) for split, manifest in manifests.items()},
+            manifest_paths={split: folder.manifest(split) for split in SPLITS},
+        )
+
+    @classmethod
+    def of_loaders(
+        cls,
+        train: AudioDataLoader | None,
+        validation: AudioDataLoader | None,
+        test: AudioDataLoader | None,
+    ) -> Self:
+        """Describe the data of loaders, of which nothing but their manifests is known."""
+        loaders = {"train": train, "dev": validation, "test": test}
+        manifests = {
+            split: loader.dataset.manifest for split, loader in loaders.items() if loader is not None
+        }
+        tokenizers = [loader.tokenizer for loader in loaders.values() if loader is not None]
+        return cls(
+            manifests={split: manifest.digest for split, manifest in manifests.items()},
+            vocabulary=tokenizers[0].digest if tokenizers else None,
+            outputs={},
+            counts={split: _counts(manifest) for split, manifest in manifests.items()},
+        )
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 of all digests together."""
+        parts = [self.manifests, self.vocabulary, self.outputs]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def tags(self) -> dict[str, str]:
+        """Return DVC's digests as tags of a run: ``dvc.data/manifests`` and so on."""
+        return {f"dvc.{path}": digest for path, digest in self.outputs.items()}
+
+    def to_json(self) -> str:
+        """Return the lineage as JSON."""
+        content = {
+            "manifests": self.manifests,
+            "vocabulary": self.vocabulary,
+            "dvc": self.outputs,
+            "counts": self.counts,
+        }
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the counts of each split as a Markdown table."""
+        rows = "".join(
+            f"| {split} | {count['utterances']:.0f} | {count['hours']:.2f} | {count['speakers']:.0f} |\n"
+            for split, count in self.counts.items()
+        )
+        return f"| split | utterances | hours | speakers |\n|---|---|---|---|\n{rows}"
+
+
+def _counts(manifest: Manifest) -> dict[str, float]:
+    return {
+        "utterances": len(manifest),
+        "hours": round(manifest.hours, 4),
+        "speakers": len(manifest.speakers),
+    }

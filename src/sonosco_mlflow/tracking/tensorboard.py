@@ -1,0 +1,54 @@
+"""TensorBoard: recorded metrics and texts as event files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.utils.tensorboard import SummaryWriter
+
+from sonosco_mlflow.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+class TensorBoard(Callback):
+    """Writes every recorded metric and text for ``tensorboard --logdir``.
+
+    Args:
+        directory: folder of one run; each run wants its own.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._writer: SummaryWriter | None = None
+
+    def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
+        """Write scalars at the current optimizer step."""
+        for name, value in metrics.items():
+            self._open().add_scalar(name, value, trainer.progress.step)
+
+    def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
+        """Write a Markdown text at the current optimizer step."""
+        self._open().add_text(name, text, trainer.progress.step)
+
+    def on_safe_point(self, trainer: "ModelTrainer") -> None:
+        """Put on the disk, once an epoch, what the writer still holds."""
+        if self._writer is not None and trainer.progress.batch == 0:
+            self._writer.flush()
+
+    def on_train_end(self, trainer: "ModelTrainer") -> None:
+        """Close the event file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the event file; a later event opens another beside it."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self) -> SummaryWriter:
+        # Opened by the first event, so that a trainer that never trains leaves no file.
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.directory))
+        return self._writer

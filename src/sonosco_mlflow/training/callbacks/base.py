@@ -1,0 +1,75 @@
+"""Callback: what may happen beside the training loop.
+
+A callback is any subclass that overrides some of the events below; its constructor parameters and its
+``state_dict`` are kept in every checkpoint. Events of one step come in this order: ``on_gradients``,
+``on_step_end``, ``on_metrics``; then, where due, ``on_validation_end`` and ``on_epoch_end``; and at last
+``on_safe_point``, when the whole state is consistent and may be saved.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from sonosco_mlflow.serialization.serializer import serializable
+
+if TYPE_CHECKING:
+    from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+
+# Metrics that a repeated run does not repeat: they depend on the machine and its load, and are no state.
+TIMINGS = frozenset({"utterances_per_second", "epoch_seconds"})
+
+
+class Callback:
+    """Base of all callbacks; every event does nothing unless overridden."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        serializable(cls)
+
+    def on_train_begin(self, trainer: "ModelTrainer") -> None:
+        """Training starts, or continues after a resume."""
+
+    def on_epoch_begin(self, trainer: "ModelTrainer") -> None:
+        """``trainer.progress.epoch`` starts, or is entered again by a resume in its middle."""
+
+    def on_gradients(self, trainer: "ModelTrainer") -> None:
+        """The gradients of an optimizer step stand complete and unclipped in ``parameter.grad``."""
+
+    def on_step_end(self, trainer: "ModelTrainer") -> None:
+        """The optimizer made step number ``trainer.progress.step``."""
+
+    def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
+        """``metrics`` were recorded at ``trainer.progress.step``."""
+
+    def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
+        """A text (Markdown) was recorded under ``name`` at ``trainer.progress.step``."""
+
+    def on_validation_end(self, trainer: "ModelTrainer", validation: "Validation") -> None:
+        """The validation set was evaluated."""
+
+    def on_epoch_end(self, trainer: "ModelTrainer", epoch: int) -> None:
+        """``epoch`` ended; ``trainer.progress`` stands at the beginning of the next."""
+
+    def on_safe_point(self, trainer: "ModelTrainer") -> None:
+        """The state is consistent: this is where it may be saved."""
+
+    def on_train_end(self, trainer: "ModelTrainer") -> None:
+        """Training ended: all epochs are done, or a callback asked to stop."""
+
+    def on_exception(self, trainer: "ModelTrainer", error: BaseException) -> None:
+        """Training ends by ``error``, an interrupt included, and without :meth:`on_train_end`: let go of what is held."""
+
+    def learning_rate_factor(self, trainer: "ModelTrainer") -> float:
+        """Return what the base learning rate is multiplied by at the coming step.
+
+        The factors of all callbacks multiply, so that warm-up and reduction need not know of each other.
+        """
+        return 1.0
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what changes while training, as a tree of plain data (:mod:`sonosco_mlflow.serialization.state`)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Become what :meth:`state_dict` described."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,57 @@
+"""Signals that stop a run, put off until its state is consistent.
+
+An interrupt in the middle of a step would leave half of the parameters moved. While training, the first SIGINT or
+SIGTERM is therefore only noted, and raised at the next safe point; a second one is raised at once.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM; handled like an interrupt from the keyboard."""
+
+
+class Interruption:
+    """What was asked for by signal, and not yet obeyed."""
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: note the first, raise the second at once."""
+        if self.requested is not None:
+            self.raise_if_requested()
+        self.requested = signal.Signals(number)
+
+    def raise_if_requested(self) -> None:
+        """Raise what was noted: :class:`KeyboardInterrupt`, or :class:`Terminated` for SIGTERM."""
+        requested, self.requested = self.requested, None
+        if requested is signal.SIGINT:
+            raise KeyboardInterrupt
+        if requested is signal.SIGTERM:
+            raise Terminated
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Interruption]:
+    """Put off signals while the block runs; the caller asks the :class:`Interruption` at its safe points.
+
+    Outside the main thread Python delivers no signals, and nothing is changed.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    previous = {number: signal.signal(number, interruption.note) for number in SIGNALS}
+    try:
+        yield interruption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    interruption.raise_if_requested()

@@ -1,0 +1,105 @@
+"""Optimizers described by the names of the parameters that they move.
+
+torch numbers parameters in the order in which they were given. Names survive a change of that order, and say in a
+checkpoint what belongs to what.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.serializer import serializable
+
+
+@serializable
+class OptimizerRecipe:
+    """All that is needed to build an optimizer for a model.
+
+    Args:
+        kind: the optimizer's class.
+        groups: one mapping a parameter group: its options, and ``parameters``, the names of what it moves.
+    """
+
+    def __init__(self, kind: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
+        self.kind = kind
+        self.groups = groups
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> Self:
+        """Describe ``optimizer``.
+
+        Raises:
+            UserError: it moves a tensor that is no parameter of ``model``.
+        """
+        names = _names(model)
+        groups = []
+        for group in optimizer.param_groups:
+            missing = [tuple(parameter.shape) for parameter in group["params"] if id(parameter) not in names]
+            if missing:
+                raise UserError(
+                    f"the optimizer moves tensors that are not parameters of the model (shapes {missing[:3]}); "
+                    "build it from model.parameters() of the same model"
+                )
+            # torch adds what the constructor does not take (the base class's own bookkeeping) under other names.
+            options = {key: value for key, value in group.items() if key in optimizer.defaults}
+            groups.append({**options, "parameters": [names[id(parameter)] for parameter in group["params"]]})
+        return cls(type(optimizer), groups)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer for the parameters of ``model``.
+
+        Raises:
+            UserError: ``model`` lacks one of the named parameters.
+        """
+        parameters = dict(model.named_parameters())
+        missing = [name for group in self.groups for name in group["parameters"] if name not in parameters]
+        if missing:
+            raise UserError(f"the model has no parameter '{missing[0]}', which the optimizer should move")
+        groups = []
+        for group in self.groups:
+            options = {key: value for key, value in group.items() if key != "parameters"}
+            groups.append({**options, "params": [parameters[name] for name in group["parameters"]]})
+        return self.kind(groups)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, object]:
+    """Return the optimizer's state by parameter name, and the options of its groups, as plain data."""
+    names = _names(model)
+    moments = {names[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()}
+    groups = [
+        {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in group.items()
+            if key != "params"
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"moments": dict(sorted(moments.items())), "groups": groups}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]
+) -> None:
+    """Put back what :func:`optimizer_state` returned."""
+    for group, options in zip(optimizer.param_groups, state["groups"], strict=True):
+        for key, value in options.items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    optimizer.state.clear()
+    for name, parameter in model.named_parameters():
+        if name in state["moments"]:
+            optimizer.state[parameter] = {
+                key: _placed(value, parameter) if isinstance(value, Tensor) else value
+                for key, value in state["moments"][name].items()
+            }
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    # A step counter is a scalar that torch keeps on the CPU; moments live beside their parameter.
+    return value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)

@@ -1,0 +1,376 @@
+"""ModelTrainer: the one visible loop.
+
+A step runs in a fixed order: optimizer step, metrics, validation, early stopping, and last the safe point at which
+state may be saved. Nothing that a step draws is carried from the step before: batches are keyed by (seed, epoch),
+augmentation by (seed, epoch, utterance), dropout by (seed, micro-step). So the state is small, is complete at every
+safe point, and continues on the same path wherever it is loaded.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from sonosco_mlflow.data.loader import AudioDataLoader, Batch
+from sonosco_mlflow.decoding.text import TextDecoder
+from sonosco_mlflow.determinism import generator_states, seed_for, set_generator_states
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.metrics import Metric
+from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.training.callbacks.base import Callback
+from sonosco_mlflow.training.inspection import undisturbed
+from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
+from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
+
+Loss = Callable[[Any, Batch], Tensor]
+Decoder = Callable[[Any, Batch], list[str]]
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss that the model itself computes: ``model(batch).loss``, or the tensor that it returns."""
+    output = model(batch)
+    return cast(Tensor, output if isinstance(output, Tensor) else output.loss)
+
+
+@dataclass
+class Progress:
+    """Where training stands; ``epoch`` and ``batch`` name the next batch to train on."""
+
+    epoch: int = 0
+    batch: int = 0
+    micro_step: int = 0
+    step: int = 0
+    utterances: int = 0
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What an evaluation gave: metrics under their names, and every utterance's texts in the loader's order."""
+
+    metrics: dict[str, float]
+    ids: list[str]
+    references: list[str]
+    hypotheses: list[str]
+
+
+@serializable
+class ModelTrainer:
+    """Trains a model, and can be stopped and continued at any step.
+
+    Args:
+        model: any module; one without ``decode`` needs a ``decoder`` if there are metrics.
+        loss: ``loss(model, batch)``, a scalar that is a mean over the batch's utterances.
+        optimizer: over the model's parameters.
+        train_loader: batches to train on. Loaders are not kept with the trainer: they are given anew.
+        val_loader: batches to validate on, or None.
+        metrics: called as ``metric(references, hypotheses)`` on the validation set, recorded as ``val_<name>``.
+        callbacks: see :class:`~sonosco_mlflow.training.callbacks.base.Callback`; called in this order.
+        decoder: ``decoder(model, batch)`` gives the hypothesis texts; by default the model's own decoding.
+        epochs: how often to go through the training set.
+        seed: key of all randomness inside the model.
+        accumulation: batches whose gradients are averaged into one optimizer step.
+        gradient_clip: bound on the gradient's 2-norm, or None.
+        validate_every_steps: validate also every so many optimizer steps, besides the end of each epoch.
+        device: where the model trains.
+    """
+
+    external_parameters: ClassVar = ("train_loader", "val_loader")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = model_loss,
+        optimizer: torch.optim.Optimizer | OptimizerRecipe | None = None,
+        train_loader: AudioDataLoader | None = None,
+        val_loader: AudioDataLoader | None = None,
+        *,
+        metrics: Sequence[Metric] = (),
+        callbacks: Sequence[Callback] = (),
+        decoder: Decoder | None = None,
+        epochs: int = 10,
+        seed: int = 0,
+        accumulation: int = 1,
+        gradient_clip: float | None = None,
+        validate_every_steps: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.loss = loss
+        if optimizer is None:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if isinstance(optimizer, OptimizerRecipe):
+            optimizer = optimizer.build(model)
+        self.optimizer = optimizer
+        self.optimizer_recipe = OptimizerRecipe.of(optimizer, model)
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.metrics = list(metrics)
+        self.callbacks = list(callbacks)
+        self.observers: list[Callback] = []
+        self.decoder = decoder or self._default_decoder()
+        self.epochs = epochs
+        self.seed = seed
+        self.accumulation = accumulation
+        self.gradient_clip = gradient_clip
+        self.validate_every_steps = validate_every_steps
+        self.progress = Progress()
+        self.stop_reason: str | None = None
+        self.validation: Validation | None = None
+        self._window_loss = 0.0
+        self._window_utterances = 0
+        self._batches_in_epoch: tuple[int, int] = (-1, 0)
+
+    # ------------------------------------------------------------------ what users call
+
+    def start_training(self) -> None:
+        """Train from the current position to the last epoch, or until a callback stops it.
+
+        Raises:
+            KeyboardInterrupt: after a SIGINT or SIGTERM, at the next safe point; training can be continued.
+            UserError: there is nothing to train on, or the loss is not finite.
+        """
+        if self.train_loader is None:
+            raise UserError(
+                "there is no train_loader; give it to the ModelTrainer or to Deserializer.deserialize"
+            )
+        try:
+            self._emit("on_train_begin")
+            with deferred_interrupts() as interruption:
+                while not self.finished:
+                    self._epoch(self.train_loader, interruption)
+            self._emit("on_train_end")
+        except BaseException as error:
+            self._emit("on_exception", error)
+            raise
+
+    continue_training = start_training
+
+    def stop_training(self, reason: str) -> None:
+        """Ask the loop to end after the current step, for good; ``reason`` is kept with the state."""
+        self.stop_reason = reason
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done or a callback stopped the training."""
+        return self.stop_reason is not None or self.progress.epoch >= self.epochs
+
+    def attach(self, observer: Callback) -> None:
+        """Add a callback that belongs to where the trainer runs, not to the trainer: it is not kept with it."""
+        self.observers.append(observer)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Record ``metrics`` at the current step: into MLflow, TensorBoard, the history, whatever listens."""
+        self._emit("on_metrics", metrics)
+
+    def record_text(self, name: str, text: str) -> None:
+        """Record a Markdown text at the current step."""
+        self._emit("on_text", name, text)
+
+    def evaluate(self, loader: AudioDataLoader, prefix: str) -> Validation:
+        """Return loss and metrics of ``loader``, named ``prefix + name``; no generator and no mode is left changed."""
+        total, ids, references, hypotheses = 0.0, [], [], []
+        with undisturbed(self.model):
+            for batch in loader:
+                batch = batch.to(self.device)
+                total += float(self.loss(self.model, batch)) * len(batch)
+                ids += batch.ids
+                references += batch.texts
+                if self.decoder is not None:
+                    hypotheses += self.decoder(self.model, batch)
+        if not ids:
+            raise UserError(
+                f"there is no utterance to evaluate for '{prefix}loss'; the loader's manifest is empty"
+            )
+        metrics = {f"{prefix}loss": total / len(ids)}
+        for metric in self.metrics:
+            metrics[f"{prefix}{_name(metric)}"] = float(metric(references, hypotheses))
+        return Validation(metrics, ids, references, hypotheses)
+
+    # ------------------------------------------------------------------ the loop
+
+    def _epoch(self, loader: AudioDataLoader, interruption: Interruption) -> None:
+        """Train on what is left of the current epoch, or until a callback stops the training."""
+        if loader.batches_in(self.progress.epoch) == 0:
+            raise UserError("there is nothing to train on: the train_loader's manifest is empty")
+        self._emit("on_epoch_begin")
+        started = time.perf_counter()
+        for batch in loader.epoch(self.progress.epoch, start=self.progress.batch):
+            started = self._micro_step(batch.to(self.device), started)
+            interruption.raise_if_requested()
+            if self.stop_reason:
+                break
+
+    def _micro_step(self, batch: Batch, started: float) -> float:
+        progress = self.progress
+        batches, window = self._window()
+        torch.manual_seed(seed_for(self.seed, "step", progress.micro_step))
+        self.model.train()
+        loss = self.loss(self.model, batch)
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"the loss is {loss.item()} at step {progress.step + 1} (epoch {progress.epoch}, utterances "
+                f"{', '.join(batch.ids[:5])}); lower optimizer.lr, set training.gradient_clip, or look at these utterances"
+            )
+        (loss / window).backward()  # type: ignore[no-untyped-call]
+        self._window_loss += loss.item() / window
+        self._window_utterances += len(batch)
+        progress.batch += 1
+        progress.micro_step += 1
+        progress.utterances += len(batch)
+        progress.frames += batch.frames
+        stepped = progress.batch % self.accumulation == 0 or progress.batch == batches
+        if stepped:
+            self._optimizer_step(seconds=time.perf_counter() - started)
+        epoch_ended = progress.batch == batches
+        if epoch_ended:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        if stepped and self._validation_is_due(epoch_ended):
+            self._validate()
+        if epoch_ended:
+            self._emit("on_epoch_end", progress.epoch - 1)
+        self._emit("on_safe_point")
+        return time.perf_counter() if stepped else started
+
+    def _window(self) -> tuple[int, int]:
+        """Return the number of batches of this epoch, and of those that share the current optimizer step."""
+        epoch, batches = self._batches_in_epoch
+        if epoch != self.progress.epoch:
+            assert self.train_loader is not None
+            batches = self.train_loader.batches_in(self.progress.epoch)
+            self._batches_in_epoch = (self.progress.epoch, batches)
+        first = self.progress.batch - self.progress.batch % self.accumulation
+        return batches, min(self.accumulation, batches - first)
+
+    def _optimizer_step(self, seconds: float) -> None:
+        self._emit("on_gradients")
+        limit = math.inf if self.gradient_clip is None else self.gradient_clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        factor = math.prod(callback.learning_rate_factor(self) for callback in self._all_callbacks())
+        for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
+            group["lr"] = recipe["lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        self._emit("on_step_end")
+        self.record(
+            {
+                "train_loss": self._window_loss,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "gradient_norm": norm,
+                "utterances_per_second": self._window_utterances / seconds,
+            }
+        )
+        self._window_loss, self._window_utterances = 0.0, 0
+
+    def _validation_is_due(self, epoch_ended: bool) -> bool:
+        every = self.validate_every_steps
+        return self.val_loader is not None and (
+            epoch_ended or (every is not None and self.progress.step % every == 0)
+        )
+
+    def _validate(self) -> None:
+        assert self.val_loader is not None
+        self.validation = self.evaluate(self.val_loader, "val_")
+        self.record(self.validation.metrics)
+        self._emit("on_validation_end", self.validation)
+
+    def _emit(self, event: str, *arguments: object) -> None:
+        for callback in self._all_callbacks():
+            getattr(callback, event)(self, *arguments)
+
+    def _all_callbacks(self) -> Iterable[Callback]:
+        return (*self.callbacks, *self.observers)
+
+    def _default_decoder(self) -> Decoder | None:
+        loader = self.val_loader or self.train_loader
+        if loader is not None and hasattr(self.model, "decode"):
+            return TextDecoder(loader.tokenizer)
+        if self.metrics:
+            raise UserError(
+                f"metrics need hypotheses, but {type(self.model).__name__} has no decode(batch) or there is no loader; "
+                "pass decoder=..., a callable (model, batch) -> list of texts"
+            )
+        return None
+
+    # ------------------------------------------------------------------ state
+
+    def serialized_parameters(self) -> dict[str, object]:
+        """Return the constructor's parameters as they now are, the optimizer as its recipe."""
+        return {
+            "model": self.model,
+            "loss": self.loss,
+            "optimizer": self.optimizer_recipe,
+            "train_loader": self.train_loader,
+            "val_loader": self.val_loader,
+            "metrics": self.metrics,
+            "callbacks": self.callbacks,
+            "decoder": self.decoder,
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "accumulation": self.accumulation,
+            "gradient_clip": self.gradient_clip,
+            "validate_every_steps": self.validate_every_steps,
+            "device": str(self.device),
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the whole state as a tree of plain data: ``model``, ``optimizer`` and ``trainer``."""
+        inside_window = self.progress.batch % self.accumulation != 0
+        gradients = {
+            name: parameter.grad
+            for name, parameter in self.model.named_parameters()
+            if inside_window and parameter.grad is not None
+        }
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": optimizer_state(self.optimizer, self.model),
+            "trainer": {
+                "progress": asdict(self.progress),
+                "stop_reason": self.stop_reason,
+                "gradients": gradients,
+                "window_loss": self._window_loss,
+                "generators": generator_states(),
+                "callbacks": {
+                    name: callback.state_dict() for name, callback in self._named_callbacks().items()
+                },
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what :meth:`state_dict` described."""
+        trainer = state["trainer"]
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        self.progress = Progress(**trainer["progress"])
+        self.stop_reason = trainer["stop_reason"]
+        self._window_loss = trainer["window_loss"]
+        for name, parameter in self.model.named_parameters():
+            gradient = trainer["gradients"].get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        callbacks = self._named_callbacks()
+        if callbacks.keys() != trainer["callbacks"].keys():
+            raise UserError(
+                f"the state is for the callbacks {sorted(trainer['callbacks'])}, the trainer has {sorted(callbacks)}"
+            )
+        for name, callback in callbacks.items():
+            callback.load_state_dict(trainer["callbacks"][name])
+        set_generator_states(trainer["generators"])
+
+    def _named_callbacks(self) -> dict[str, Callback]:
+        """Return the callbacks by name: their class's, with a number where there are several of one class."""
+        named: dict[str, Callback] = {}
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            same = sum(other == name or other.startswith(name + "-") for other in named)
+            named[f"{name}-{same + 1}" if same else name] = callback
+        return named
+
+
+def _name(metric: Metric) -> str:
+    return str(getattr(metric, "__name__", type(metric).__name__))

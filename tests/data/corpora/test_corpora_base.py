@@ -1,0 +1,70 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sonosco_mlflow.data.corpora import CORPORA, base, bring_corpus
+from sonosco_mlflow.data.corpora.base import make_audio_folder, some
+from sonosco_mlflow.errors import UserError
+
+SOURCES = Path(base.__file__).parents[3]
+
+
+def test_the_corpora_that_are_promised() -> None:
+    assert CORPORA == ("default", "an4", "folder")
+
+
+def test_an_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.corpus: found 'an5'.*did you mean 'an4'\?"):
+        bring_corpus("an5", tmp_path)
+
+
+def test_neither_torch_nor_mlflow_is_imported() -> None:
+    code = (
+        "import sys, sonosco_mlflow.data.corpora.embedded, sonosco_mlflow.data.corpora.an4\n"
+        "import sonosco_mlflow.data.corpora.folder\n"
+        "sys.exit(sorted({'torch', 'mlflow', 'espeakng_loader'} & set(sys.modules)) or 0)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.stderr == ""
+    assert finished.returncode == 0
+
+
+@pytest.mark.parametrize("place", [".", "inside", "inside/deeper.tar.gz"])
+def test_a_source_inside_the_output_is_left_alone(tmp_path: Path, place: str) -> None:
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("mine")
+    with pytest.raises(UserError, match=r"data\.source: .* lies in "):
+        bring_corpus("folder", tmp_path, source=str(tmp_path / place))
+    assert manifest.read_text() == "mine"
+
+
+def test_a_foreign_audio_folder_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "wav").mkdir()
+    (tmp_path / "wav" / "mine.wav").touch()
+    with pytest.raises(UserError, match="was not made by sonosco"):
+        bring_corpus("default", tmp_path)
+    assert (tmp_path / "wav" / "mine.wav").exists()
+
+
+def test_an_earlier_corpus_goes_before_the_next_one_comes(tmp_path: Path) -> None:
+    audio = make_audio_folder(tmp_path)
+    (audio / "speaker").mkdir()
+    (audio / "speaker" / "old.wav").touch()
+    (tmp_path / "dev.jsonl").touch()
+    with pytest.raises(UserError, match="needs one"):
+        bring_corpus("folder", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_names_are_cut_to_five() -> None:
+    assert some(["a", "b"]) == "a, b"
+    assert some(list("abcdef")) == "a, b, c, d, e, ... (6 in all)"

@@ -1,0 +1,53 @@
+from collections.abc import Callable
+
+import torch
+
+from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.models.attention import shifted
+from sonosco_mlflow.models.las import LAS
+
+
+def test_listener_joins_frames(build: Callable[..., LAS], batch: Batch) -> None:
+    memory = build("las", joined_frames=[1, 2, 4]).encode(batch.features, batch.feature_lengths)
+    assert torch.equal(memory.lengths, (batch.feature_lengths + 7) // 8)
+    assert memory.values.shape[1] == memory.lengths.max()
+
+
+def test_steps_at_once_equal_steps_one_by_one(build: Callable[..., LAS], batch: Batch) -> None:
+    for feeding in (False, True):
+        model = build("las", input_feeding=feeding, speller_layers=2).eval()
+        memory = model.encode(batch.features, batch.feature_lengths)
+        previous, _ = shifted(batch.tokens, batch.token_lengths)
+        together, weights, _ = model.spell(previous, memory)
+        state = None
+        for step in range(previous.shape[1]):
+            logits, attended, state = model.spell(previous[:, step : step + 1], memory, state)
+            torch.testing.assert_close(logits[:, 0], together[:, step], rtol=0, atol=1e-5)
+            torch.testing.assert_close(attended[:, 0], weights[:, step], rtol=0, atol=1e-5)
+
+
+def test_input_feeding_lets_the_context_reach_the_next_step(build: Callable[..., LAS], batch: Batch) -> None:
+    """Attention at the second step depends on what was attended to at the first only with input feeding."""
+    for feeding in (False, True):
+        model = build("las", input_feeding=feeding).eval()
+        memory = model.encode(batch.features, batch.feature_lengths)
+        previous, _ = shifted(batch.tokens, batch.token_lengths)
+        bias = torch.zeros(8, previous.shape[1], memory.keys.shape[1])
+        _, free, _ = model.spell(previous, memory, bias=bias)
+        bias[:, 0, 1:] = float("-inf")
+        _, held, _ = model.spell(previous, memory, bias=bias)
+        assert torch.equal(free[:, 1], held[:, 1]) is not feeding
+
+
+def test_scheduled_sampling_draws_from_the_model(build: Callable[..., LAS], batch: Batch) -> None:
+    previous, _ = shifted(batch.tokens, batch.token_lengths)
+    for share, lowest, highest in ((0.0, 0.0, 0.0), (0.5, 0.3, 0.55), (1.0, 0.8, 1.0)):
+        model = build("las", scheduled_sampling=share)
+        memory = model.encode(batch.features, batch.feature_lengths)
+        sampled = model.perturb(previous, memory)
+        assert torch.equal(sampled[:, 0], previous[:, 0])
+        assert lowest <= (sampled != previous)[:, 1:].float().mean() <= highest
+    # A model that is sure of one token has nothing else to draw.
+    with torch.no_grad():
+        model.output[-1].bias[7] = 1e4
+    assert (model.perturb(previous, memory)[:, 1:] == 7).all()

@@ -1,0 +1,91 @@
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.models import MODELS, build_model, model_settings
+from sonosco_mlflow.models.base import SpeechModel
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
+
+
+def test_naming_the_models_imports_no_torch() -> None:
+    command = "import sys, sonosco_mlflow.models; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", command], env={"PYTHONPATH": "src"}, check=False).returncode
+        == 0
+    )
+
+
+def test_settings_replace_those_of_the_preset() -> None:
+    small = model_settings("tds", "small", {})
+    changed = model_settings("tds", "small", {"dropout": 0, "channels": (2, 3)})
+    assert changed == small | {"dropout": 0.0, "channels": [2, 3]}
+    assert model_settings("tds", "small", {}) == small
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "settings", "expected"),
+    [
+        ("tsd", "small", {}, r"model.name is 'tsd': did you mean 'tds'\? Valid: deepspeech2, las, tds"),
+        ("las", "smal", {}, r"model.preset is 'smal': did you mean 'small'\? Valid: paper, small"),
+        (
+            "las",
+            "small",
+            {"droput": 0.1},
+            r"model.settings.droput is no setting .*: did you mean 'dropout'\?",
+        ),
+        ("las", "small", {"dropout": "much"}, "model.settings.dropout is 'much', expected float"),
+        ("las", "small", {"speller_layers": True}, "model.settings.speller_layers is True, expected int"),
+        ("las", "small", {"speller_layers": 1.5}, "model.settings.speller_layers is 1.5, expected int"),
+        (
+            "tds",
+            "small",
+            {"blocks": 3},
+            r"model.settings.blocks is 3, expected a list of int, for instance \[",
+        ),
+        ("tds", "small", {"blocks": []}, r"model.settings.blocks is \[\], expected a list of int"),
+        ("tds", "small", {"blocks": [1, "x"]}, "model.settings.blocks.1 is 'x', expected int"),
+        ("tds", "small", {"blocks": [1]}, r"channels \[.*\], blocks \[1\] and strides .* one entry"),
+        ("tds", "small", {"kernel": 8}, "model.settings.kernel is 8, expected an odd number"),
+        ("deepspeech2", "small", {"cell": "gro"}, "model.settings.cell is 'gro': did you mean 'gru'"),
+        ("deepspeech2", "small", {"channels": [4]}, "must have one entry for each convolution"),
+        ("deepspeech2", "small", {"band_kernels": [4, 5]}, r"band_kernels \[4, 5\] must be odd"),
+        ("deepspeech2", "small", {"dropout": 2.0}, "model.settings .* make no deepspeech2 model: dropout"),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_choice(
+    name: str, preset: str, settings: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        build_model(name, preset, 80, 30, settings)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_presets_are_complete_and_of_their_size(name: str, build: Callable[..., SpeechModel]) -> None:
+    assert model_settings(name, "small", {}).keys() == model_settings(name, "paper", {}).keys()
+    assert 0.5e6 < build(name).parameter_count() < 2.5e6
+
+
+def test_weights_follow_from_the_seed_and_the_description_rebuilds_the_model(
+    build: Callable[..., SpeechModel], batch: Batch
+) -> None:
+    for name in MODELS:
+        model = build(name).eval()
+        torch.manual_seed(0)
+        rebuilt = Deserializer().build(Serializer().describe(model)).eval()
+        assert torch.equal(rebuilt(batch).loss, model(batch).loss)
+
+
+def test_the_paper_presets_have_the_paper_s_size() -> None:
+    with torch.device("meta"):
+        tds = build_model("tds", "paper", 80, 10_000, {})
+        las = build_model("las", "paper", 80, 30, {})
+        deepspeech2 = build_model("deepspeech2", "paper", 80, 30, {})
+    encoder = sum(parameter.numel() for parameter in tds.get_submodule("encoder").parameters())
+    assert encoder == pytest.approx(36.5e6, rel=0.005)
+    assert deepspeech2.parameter_count() == pytest.approx(85e6, rel=0.01)
+    assert las.parameter_count() == pytest.approx(14.9e6, rel=0.01)

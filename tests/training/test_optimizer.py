@@ -1,0 +1,90 @@
+import pytest
+import torch
+from torch import nn
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
+from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
+from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
+
+
+def new_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+    weights = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 0.5}]
+    return torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def test_a_recipe_names_what_each_group_moves() -> None:
+    model = new_model()
+    recipe = OptimizerRecipe.of(two_groups(model), model)
+    assert recipe.kind is torch.optim.AdamW
+    assert [group["parameters"] for group in recipe.groups] == [["0.weight", "2.weight"], ["0.bias", "2.bias"]]
+    assert [(group["lr"], group["weight_decay"]) for group in recipe.groups] == [(0.01, 0.1), (0.5, 0.01)]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        two_groups,
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        lambda model: torch.optim.RMSprop(model.parameters(), lr=0.1),
+        lambda model: torch.optim.Adam(model.parameters(), lr=0.1, amsgrad=True),
+        lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1),
+    ],
+    ids=["AdamW", "SGD", "RMSprop", "Adam", "Adagrad"],
+)
+def test_an_optimizer_written_down_and_built_again_goes_on_alike(build) -> None:
+    model = new_model()
+    optimizer = build(model)
+    step(model, optimizer)
+    document = Serializer().describe(OptimizerRecipe.of(optimizer, model))
+    state = split_tree(optimizer_state(optimizer, model))
+
+    other = new_model()
+    other.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    rebuilt = Deserializer().build(document).build(other)
+    load_optimizer_state(rebuilt, other, optimizer_state(optimizer, model))
+
+    again = split_tree(optimizer_state(rebuilt, other))
+    assert json_bytes(again[0]) == json_bytes(state[0])
+    assert tensor_bytes(again[1]) == tensor_bytes(state[1])
+    for _ in range(3):
+        step(model, optimizer)
+        step(other, rebuilt)
+    assert tensor_bytes(model.state_dict()) == tensor_bytes(other.state_dict())
+
+
+def test_a_loaded_state_shares_no_memory_with_its_source() -> None:
+    model = new_model()
+    optimizer = two_groups(model)
+    step(model, optimizer)
+    state = optimizer_state(optimizer, model)
+    load_optimizer_state(optimizer, model, state)
+    before = tensor_bytes(split_tree(state)[1])
+    step(model, optimizer)
+    assert tensor_bytes(split_tree(state)[1]) == before
+
+
+def test_a_foreign_tensor_is_refused() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(5, 2))], lr=0.1)
+    with pytest.raises(UserError, match=r"not parameters of the model \(shapes \[\(5, 2\)\]\)"):
+        OptimizerRecipe.of(optimizer, new_model())
+
+
+def test_a_missing_parameter_is_refused() -> None:
+    model = new_model()
+    recipe = OptimizerRecipe.of(two_groups(model), model)
+    with pytest.raises(UserError, match="no parameter '2.weight'"):
+        recipe.build(nn.Sequential(nn.Linear(3, 4)))

@@ -1,0 +1,332 @@
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.determinism import generator_states
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.metrics import character_error_rate, word_error_rate
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
+from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
+from sonosco_mlflow.training.callbacks import (
+    Callback,
+    EarlyStopping,
+    History,
+    LinearWarmUp,
+    PlateauLearningRateReduction,
+)
+from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+from toy import ToyModel, ToyOutput, tone_loader
+
+EPOCHS = 2
+ACCUMULATION = 3
+
+
+def new_trainer(manifest: Manifest, **settings: Any) -> ModelTrainer:
+    torch.manual_seed(7)
+    model = ToyModel()
+    defaults: dict[str, Any] = {
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.02),
+        "train_loader": tone_loader(manifest[:14]),
+        "val_loader": tone_loader(manifest[14:], seed=None),
+        "metrics": [word_error_rate, character_error_rate],
+        "callbacks": [
+            LinearWarmUp(4),
+            PlateauLearningRateReduction(patience=1, factor=0.5, floor=1e-4, monitor="val_word_error_rate"),
+            EarlyStopping(patience=4),
+            History(),
+        ],
+        "epochs": EPOCHS,
+        "accumulation": ACCUMULATION,
+        "gradient_clip": 1.0,
+        "validate_every_steps": 2,
+    }
+    return ModelTrainer(model, **{**defaults, **settings})
+
+
+def state_bytes(trainer: ModelTrainer) -> tuple[bytes, bytes]:
+    document, tensors = split_tree(trainer.state_dict())
+    return json_bytes(document), tensor_bytes(tensors)
+
+
+class EverySafePoint(Callback):
+    """Saves at every micro-step, each time into a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: list[Path] = []
+
+    def on_safe_point(self, trainer: ModelTrainer) -> None:
+        path = self.folder / str(trainer.progress.micro_step)
+        self.saved.append(Serializer().serialize(trainer, path, step=trainer.progress.step))
+
+
+def test_resumed_at_every_micro_step_it_ends_with_the_same_bytes(tone_manifest: Manifest, tmp_path: Path) -> None:
+    trainer = new_trainer(tone_manifest)
+    assert trainer.train_loader is not None
+    assert all(trainer.train_loader.batches_in(epoch) % ACCUMULATION for epoch in range(EPOCHS))
+    saver = EverySafePoint(tmp_path)
+    trainer.attach(saver)
+    trainer.start_training()
+    expected = state_bytes(trainer)
+    assert len(saver.saved) >= 8
+
+    for path in saver.saved:
+        torch.manual_seed(0)
+        resumed = Deserializer().deserialize(
+            path, train_loader=tone_loader(tone_manifest[:14]), val_loader=tone_loader(tone_manifest[14:], seed=None)
+        )
+        resumed.continue_training()
+        assert state_bytes(resumed) == expected, path
+
+
+def test_the_state_read_back_is_the_state_written(tone_manifest: Manifest, tmp_path: Path) -> None:
+    trainer = new_trainer(tone_manifest)
+    saver = EverySafePoint(tmp_path)
+    trainer.attach(saver)
+    trainer.attach(StopAt(micro_step=4))
+    trainer.start_training()
+    trainer.stop_reason = None
+
+    resumed = Deserializer().deserialize(
+        saver.saved[-1], train_loader=trainer.train_loader, val_loader=trainer.val_loader
+    )
+
+    assert trainer.progress.batch % ACCUMULATION == 1, "the state should hold gradients of an unfinished step"
+    assert state_bytes(resumed) == state_bytes(trainer)
+    assert resumed.optimizer_recipe.groups[0]["lr"] == 0.02, "the base rate, not the current one"
+
+
+class StopAt(Callback):
+    def __init__(self, micro_step: int) -> None:
+        self.micro_step = micro_step
+
+    def on_safe_point(self, trainer: ModelTrainer) -> None:
+        if trainer.progress.micro_step == self.micro_step:
+            trainer.stop_training("as asked")
+
+
+def test_two_trainings_are_equal_and_another_seed_is_not(tone_manifest: Manifest) -> None:
+    finals = []
+    for seed in (0, 0, 1):
+        trainer = new_trainer(tone_manifest, seed=seed)
+        trainer.start_training()
+        finals.append(state_bytes(trainer))
+    assert finals[0] == finals[1]
+    assert finals[0][1] != finals[2][1]
+
+
+def test_it_learns_the_tones(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest, epochs=12, callbacks=[])
+    trainer.start_training()
+    assert trainer.validation is not None
+    assert trainer.validation.metrics["val_word_error_rate"] == 0
+    assert trainer.validation.hypotheses == trainer.validation.references
+
+
+class Events(Callback):
+    """Writes down what happened, in order."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+
+    def on_train_begin(self, trainer: ModelTrainer) -> None:
+        self.log.append("train")
+
+    def on_epoch_begin(self, trainer: ModelTrainer) -> None:
+        self.log.append(f"epoch {trainer.progress.epoch}")
+
+    def on_gradients(self, trainer: ModelTrainer) -> None:
+        self.log.append("gradients")
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        self.log.append(f"step {trainer.progress.step}")
+
+    def on_metrics(self, trainer: ModelTrainer, metrics: Mapping[str, float]) -> None:
+        self.log.append("metrics " + next(iter(metrics)))
+        self.metrics.append((trainer.progress.step, dict(metrics)))
+
+    def on_validation_end(self, trainer: ModelTrainer, validation: Validation) -> None:
+        self.log.append("validation")
+
+    def on_epoch_end(self, trainer: ModelTrainer, epoch: int) -> None:
+        self.log.append(f"end of epoch {epoch}")
+
+    def on_safe_point(self, trainer: ModelTrainer) -> None:
+        self.log.append("safe")
+
+    def on_train_end(self, trainer: ModelTrainer) -> None:
+        self.log.append("end")
+
+    def on_exception(self, trainer: ModelTrainer, error: BaseException) -> None:
+        self.log.append(f"exception {error}")
+
+
+def test_the_order_of_events(tone_manifest: Manifest) -> None:
+    events = Events()
+    loader = tone_loader(tone_manifest[:4], frames_per_batch=1)
+    assert loader.batches_in(0) == 4
+    new_trainer(
+        tone_manifest, train_loader=loader, callbacks=[events], epochs=1, validate_every_steps=None
+    ).start_training()
+    assert events.log == [
+        *("train", "epoch 0", "safe", "safe"),
+        *("gradients", "step 1", "metrics train_loss", "safe"),
+        *("gradients", "step 2", "metrics train_loss", "metrics val_loss", "validation", "end of epoch 0", "safe"),
+        "end",
+    ]
+
+
+def test_accumulated_batches_count_alike_also_in_a_short_last_window(tone_manifest: Manifest) -> None:
+    """Without dropout and batch norm, one step over four batches is one step over their mean loss."""
+    loader = tone_loader(tone_manifest[:4], frames_per_batch=1)
+    events = Events()
+    settings: dict[str, Any] = {"train_loader": loader, "callbacks": [events], "epochs": 1, "accumulation": 8}
+    torch.manual_seed(0)
+    model = PlainModel()
+    weights = model.layer.weight.detach().clone()
+    losses = [model(batch) for batch in loader.epoch(0)]
+    (expected,) = torch.autograd.grad(torch.stack(losses).mean(), [model.layer.weight])
+
+    ModelTrainer(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), val_loader=None, **settings
+    ).start_training()
+
+    torch.testing.assert_close(model.layer.weight.detach(), weights - 0.1 * expected)
+    assert events.metrics[0][1]["train_loss"] == pytest.approx(torch.stack(losses).mean().item())
+
+
+class PlainModel(nn.Module):
+    """Any module is a model: this one returns its loss and knows nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 1)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return (self.layer(batch.features).mean(dim=(1, 2)) - batch.token_lengths).square().mean()
+
+
+def test_gradients_are_clipped_and_their_norm_is_recorded_unclipped(tone_manifest: Manifest) -> None:
+    events = Events()
+    model = PlainModel()
+    before = model.layer.weight.detach().clone()
+    trainer = ModelTrainer(
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        train_loader=tone_loader(tone_manifest[:1]),
+        callbacks=[events],
+        epochs=1,
+        gradient_clip=0.5,
+    )
+    trainer.start_training()
+    moved = torch.cat([(model.layer.weight - before).flatten()]).norm().item()
+    assert events.metrics[0][1]["gradient_norm"] > 0.5
+    assert moved == pytest.approx(0.5, rel=0.02)
+
+
+def test_custom_metric_loss_and_decoder(tone_manifest: Manifest) -> None:
+    def letters_too_many(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+        return float(sum(map(len, hypotheses)) - sum(map(len, references)))
+
+    trainer = ModelTrainer(
+        ToyModel(),
+        loss=lambda model, batch: 2.0 * model(batch).loss,
+        train_loader=tone_loader(tone_manifest[:3]),
+        val_loader=tone_loader(tone_manifest[3:6], seed=None),
+        metrics=[letters_too_many],
+        decoder=lambda model, batch: [text + "XX" for text in batch.texts],
+        epochs=1,
+    )
+    trainer.start_training()
+    assert trainer.validation is not None
+    assert trainer.validation.metrics["val_letters_too_many"] == 6.0
+
+
+def test_evaluation_weighs_utterances_not_batches(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest)
+    by_one = trainer.evaluate(tone_loader(tone_manifest, frames_per_batch=1, seed=None), "val_")
+    by_few = trainer.evaluate(tone_loader(tone_manifest, frames_per_batch=200, seed=None), "val_")
+    assert by_one.metrics["val_loss"] == pytest.approx(by_few.metrics["val_loss"], rel=1e-5)
+
+
+def test_validation_changes_no_generator_and_no_mode(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest, loss=drawing_loss)
+    trainer.model.train()
+    trainer.model.norm.eval()  # a frozen layer
+    torch.manual_seed(3)
+    before = split_tree(generator_states())
+    trainer.evaluate(tone_loader(tone_manifest, seed=None), "val_")
+    after = split_tree(generator_states())
+    assert json_bytes(before[0]) == json_bytes(after[0])
+    assert tensor_bytes(before[1]) == tensor_bytes(after[1])
+    assert trainer.model.training
+    assert not trainer.model.norm.training
+
+
+def drawing_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    output = model(batch)
+    assert isinstance(output, ToyOutput)
+    return output.loss + torch.rand(()) * 0
+
+
+def test_the_number_of_validations_changes_no_weight(tone_manifest: Manifest) -> None:
+    weights = []
+    for every in (None, 1):
+        trainer = new_trainer(tone_manifest, callbacks=[], validate_every_steps=every, loss=drawing_loss)
+        trainer.start_training()
+        weights.append(tensor_bytes(trainer.model.state_dict()))
+    assert weights[0] == weights[1]
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_its_utterances(tone_manifest: Manifest) -> None:
+    events = Events()
+    trainer = new_trainer(tone_manifest, loss=lambda model, batch: model(batch).loss * math.nan, callbacks=[events])
+    with pytest.raises(UserError, match=r"loss is nan at step 1 \(epoch 0, utterances tone-"):
+        trainer.start_training()
+    assert events.log[-1].startswith("exception the loss is nan")
+
+
+def test_what_cannot_be_trained_or_evaluated_is_refused(tone_manifest: Manifest) -> None:
+    with pytest.raises(UserError, match="no train_loader"):
+        new_trainer(tone_manifest, train_loader=None).start_training()
+    with pytest.raises(UserError, match="nothing to train on"):
+        new_trainer(tone_manifest, train_loader=tone_loader(tone_manifest[:0])).start_training()
+    with pytest.raises(UserError, match="no utterance to evaluate"):
+        new_trainer(tone_manifest).evaluate(tone_loader(tone_manifest[:0], seed=None), "val_")
+    with pytest.raises(UserError, match="PlainModel has no decode"):
+        ModelTrainer(PlainModel(), train_loader=tone_loader(tone_manifest), metrics=[word_error_rate])
+
+
+def test_a_state_for_other_callbacks_is_refused(tone_manifest: Manifest) -> None:
+    state = new_trainer(tone_manifest, callbacks=[History(), History()]).state_dict()
+    assert list(state["trainer"]["callbacks"]) == ["History", "History-2"]  # type: ignore[index]
+    with pytest.raises(UserError, match="History-2"):
+        new_trainer(tone_manifest, callbacks=[History()]).load_state_dict(state)
+
+
+def test_a_finished_training_stays_finished(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest)
+    trainer.start_training()
+    expected = state_bytes(trainer)
+    trainer.continue_training()
+    assert state_bytes(trainer) == expected
+
+
+def test_progress_counts_what_was_consumed(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest, callbacks=[])
+    trainer.start_training()
+    loader = trainer.train_loader
+    assert loader is not None
+    progress = trainer.progress
+    assert (progress.epoch, progress.batch) == (EPOCHS, 0)
+    assert progress.micro_step == sum(loader.batches_in(epoch) for epoch in range(EPOCHS))
+    assert progress.utterances == EPOCHS * 14
+    assert progress.frames == EPOCHS * sum(loader.dataset.frames)
