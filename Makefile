@@ -87,15 +87,22 @@ clean:  ## remove the environment and everything built; data and runs stay
 	chmod +x $@
 
 # Sets $python to an interpreter, past every shim; a shim that leads to another version, or to none, is passed over.
+# pyenv's own come first: a plain `mlflow run .` has pyenv bring, or else compile, the patch release that launches it.
 define find_python
 export PATH='$(outer_path)'
-mapfile -t found < <(type -aP $(if $(PYTHON),'$(PYTHON)',python3.11 python3))
+if [[ -n '$(PYTHON)' ]]; then
+    found=('$(PYTHON)')
+else
+    pyenv=$$(pyenv root 2>/dev/null) || pyenv=
+    mapfile -t found < <(compgen -G "$$pyenv/versions/3.11.*/bin/python" || true; type -aP python3.11 python3)
+fi
+python=
 for candidate in "$${found[@]}"; do
     python=$$("$$candidate" -c 'import sys; assert sys.version_info[:2] == (3, 11); print(sys._base_executable)' \
-        2>/dev/null) && break || python=
+        2>/dev/null) && break
 done
-if [[ -z $${python:-} ]]; then
-    echo "Python 3.11 is needed. Looked at: $${found[*]:-nothing, there is no python3.11 and no python3 on PATH}." >&2
+if [[ -z $$python ]]; then
+    echo "Python 3.11 is needed. Looked at: $${found[*]:-nothing, there is no python3 on PATH}." >&2
     echo "Install it, or name it: make PYTHON=/path/to/python3.11" >&2
     exit 1
 fi

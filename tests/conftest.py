@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 
 from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.tracking.mlflow_run import connect
 from toy import tone_corpus, tone_texts
 
 
@@ -22,6 +24,26 @@ def one_thread() -> Iterator[None]:
 def tone_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Twenty recordings."""
     return tone_corpus(tmp_path_factory.mktemp("tones"), tone_texts(20))
+
+
+@pytest.fixture(scope="session")
+def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of an MLflow store; making its tables takes seconds, so that one serves a whole session."""
+    folder = tmp_path_factory.mktemp("tracking")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(None)
+        connect(folder)
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@pytest.fixture
+def tracking_store(tracking_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An MLflow store that is in use."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_database)
+    mlflow.set_tracking_uri(None)
+    return tracking_database
 
 
 @pytest.fixture

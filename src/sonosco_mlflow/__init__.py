@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from sonosco_mlflow.data.processor import AudioDataProcessor
     from sonosco_mlflow.experiment import Experiment
     from sonosco_mlflow.models import build_model
-    from sonosco_mlflow.serialization.serializer import Deserializer, Serializer, serializable
+    from sonosco_mlflow.serialization.serializer import Serializer, serializable
     from sonosco_mlflow.text import CharacterTokenizer
+    from sonosco_mlflow.tracking.checkpoints import Deserializer
     from sonosco_mlflow.tracking.tensorboard import TensorBoard
     from sonosco_mlflow.training.callbacks.base import Callback
     from sonosco_mlflow.training.callbacks.early_stopping import EarlyStopping
@@ -34,7 +35,7 @@ _HOMES = {
     "Callback": "training.callbacks.base",
     "CharacterTokenizer": "text",
     "Config": "config",
-    "Deserializer": "serialization.serializer",
+    "Deserializer": "tracking.checkpoints",
     "EarlyStopping": "training.callbacks.early_stopping",
     "Experiment": "experiment",
     "FeatureStatistics": "data.features",

@@ -125,9 +125,9 @@ class Checkpoint(Section):
 
 
 class Tracking(Section):
-    """Names in the MLflow UI."""
+    """Names in the MLflow UI; `mlflow run` chooses the experiment itself (`--experiment-name`)."""
 
-    experiment: str = "sonosco"
+    experiment: str = "Default"
     run_name: str | None = None
 
 
@@ -178,8 +178,11 @@ class Config(Section):
             return cls.model_validate(tree)
         except ValidationError as error:
             details = error.errors()[0]
-            key = ".".join(str(part) for part in details["loc"])
-            overridden = any(ALIASES.get(name, name) == key for name in overrides)
+            # Below a setting's name pydantic lists the types that it has tried.
+            parts = details["loc"][:3] if details["loc"][:2] == ("model", "settings") else details["loc"]
+            key = ".".join(str(part) for part in parts)
+            names = [ALIASES.get(name, name) for name in overrides]
+            overridden = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names)
             prefix = "" if overridden else f"{origin}: "
             raise UserError(prefix + _explain(key, dict(details))) from error
 
@@ -267,6 +270,8 @@ def _explain(key: str, details: Mapping[str, object]) -> str:
         section, _, name = key.partition(".")
         annotation = Config.model_fields[section].annotation.model_fields[name].annotation  # type: ignore[union-attr]
         return f"{key}: found {found!r}, {nearest(str(found), get_args(annotation))}"
+    if key.startswith("model.settings."):
+        return f"{key}: found {found!r}, expected a number, a text or a list of numbers"
     # pydantic says "Input should be ..."; for a reader of a recipe, it is the key's value that should be.
     expected = str(details["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
     return f"{key}: found {found!r}, expected {expected}"

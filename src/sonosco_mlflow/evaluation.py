@@ -64,7 +64,7 @@ def mel_spectrogram(sample: Sample) -> bytes:
     """Return a PNG of an utterance's features."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(sample.features.T, origin="lower", aspect="auto", interpolation="nearest")
+    image = axes.imshow(sample.features.T.numpy(), origin="lower", aspect="auto", interpolation="nearest")
     figure.colorbar(image, label="normalised log energy")
     axes.set(xlabel="frame", ylabel="mel band", title=f"{sample.id}: {sample.text}")
     return _png(figure)
@@ -85,7 +85,7 @@ def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) 
         weights, steps = weights.T, labels
     figure = Figure(figsize=(8, max(3.0, 0.16 * len(weights))), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(weights, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    image = axes.imshow(weights.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
     figure.colorbar(image, label="weight")
     axes.set_yticks(range(len(steps)), steps, fontsize=6)
     axes.set(xlabel="encoder frame", ylabel="token", title=f"{sample.id}: {tokenizer.decode(hypothesis.tokens)}")

@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,10 +31,10 @@ from sonosco_mlflow.evaluation import (
     utterance_results,
 )
 from sonosco_mlflow.models.base import SpeechModel
-from sonosco_mlflow.serialization.checkpoint import MANIFEST
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.logging import log_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
 from sonosco_mlflow.tracking.journal import Journal
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import DATA_DIGEST, TrackedRun, connect
@@ -42,8 +43,6 @@ from sonosco_mlflow.tracking.tensorboard import TensorBoard
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.trainer import ModelTrainer, Validation
-
-NEWEST_CHECKPOINT = "sonosco.checkpoint"
 
 
 class Experiment:
@@ -129,7 +128,7 @@ class Experiment:
         if checkpoints:
             self._checkpoint = own[0] if own else ModelCheckpoint(self.folder / "checkpoints")
             self._checkpoint.serializer = self.serializer
-            self._checkpoint.listeners.append(self._upload_checkpoint)
+            self._checkpoint.listeners.append(partial(upload_checkpoint, self.run))
             if not own:
                 trainer.callbacks.append(self._checkpoint)
 
@@ -161,7 +160,7 @@ class Experiment:
     def _log_provenance(self, config: Config | Mapping[str, object], project: Path) -> None:
         run = self.run
         code = snapshot_code(project)
-        environment = describe_environment(torch.get_num_threads())
+        environment = describe_environment(torch.get_num_threads(), project)
         flat = dict(flatten(config.model_dump(mode="json") if isinstance(config, Config) else config))
         config_digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
         run.set_tags(
@@ -188,16 +187,6 @@ class Experiment:
         for split, path in lineage.manifest_paths.items():
             self.run.log_dataset(split, lineage.manifests[split], path, context=split)
         self.run.adopt_data_runs(lineage.digest)
-
-    def _upload_checkpoint(self, directory: Path) -> None:
-        folder = f"checkpoints/{directory.name}"
-        for path in sorted(directory.iterdir()):
-            if path.name != MANIFEST:
-                self.run.log_file(path, folder)
-        # The manifest marks the checkpoint as whole, and the tag may name only a whole one.
-        self.run.log_file(directory / MANIFEST, folder)
-        self.run.set_tags({NEWEST_CHECKPOINT: folder})
-        self.run.keep_only("checkpoints", {path.name for path in directory.parent.iterdir()})
 
     def _finish(self, trainer: ModelTrainer) -> None:
         if self._test_loader is not None:

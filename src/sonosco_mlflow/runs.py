@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow.entities import Run
-
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.errors import UserError
@@ -63,13 +61,9 @@ def train(config: Config, project: Path, *, prepare: bool = True, results: Path 
     trainer = build_trainer(config, loaders)
     trainer.attach(ProgressBar())
     name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
-    experiment = Experiment.create(
-        config, name=name, experiment=config.tracking.experiment, project=project
-    )
+    experiment = Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project)
     experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
-    experiment.setup_model_trainer(
-        trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder)
-    )
+    experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
     try:
         experiment.start()
     except KeyboardInterrupt:
@@ -132,13 +126,11 @@ def evaluate(
             determinism.configure(config.training.threads)
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
             lineage = DataLineage.of_folder(folder)
-            _require_same_data(lineage, parent)
+            _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
             recognizer = load_recognizer(run_id, Path(scratch))
             loader = build_loader(config, folder, split)
             rates = [word_error_rate, character_error_rate]
-            validation = ModelTrainer(recognizer.model, val_loader=loader, metrics=rates).evaluate(
-                loader, f"{split}_"
-            )
+            validation = ModelTrainer(recognizer.model, val_loader=loader, metrics=rates).evaluate(loader, f"{split}_")
             run.log_metrics(validation.metrics, step=0)
             table = utterance_results(validation)
             run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")
@@ -195,11 +187,10 @@ def report(outcome: Outcome) -> str:
     )
 
 
-def _require_same_data(lineage: DataLineage, parent: Run) -> None:
-    expected = parent.data.tags.get(DATA_DIGEST)
+def _require_same_data(lineage: DataLineage, run_id: str, expected: str | None) -> None:
     if lineage.digest != expected:
         raise UserError(
-            f"the data here is not what run {parent.info.run_id} used: digest {lineage.digest[:12]}, "
+            f"the data here is not what run {run_id} used: digest {lineage.digest[:12]}, "
             f"the run's tag {DATA_DIGEST} says {str(expected)[:12]}; data/lineage.json of the run names its parts"
         )
 
@@ -209,8 +200,12 @@ def _write_train_results(results: Path, experiment: Experiment, metrics: dict[st
     _write_json(results / "mlflow_run.json", {"run_id": experiment.run.id})
     _write_json(results / "metrics.json", metrics)
     curves = {name: experiment.history.curve(name) for name in experiment.history.names()}
-    for file_name, prefix in (("steps.csv", ("train_loss", "gradient_norm", "learning_rate")), ("validations.csv", ("val_",))):
-        chosen = {name: curve for name, curve in curves.items() if name.startswith(prefix)}
+    for file_name, prefixes in (
+        ("steps.csv", ("train_loss", "gradient_norm", "learning_rate")),
+        ("validations.csv", ("val_",)),
+    ):
+        # A layer's gradient norm (gradient_norm/<layer>) is not recorded at every step.
+        chosen = {name: curve for name, curve in curves.items() if name.startswith(prefixes) and "/" not in name}
         with (results / file_name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["step", *chosen])

@@ -77,14 +77,13 @@ class CharacterTokenizer:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            alphabet = content["alphabet"]
+            return cls(content["alphabet"])
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such vocabulary; `dvc repro manifests` makes it") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, UserError) as error:
             raise UserError(
                 f'{path}: not a vocabulary ({error}); expected {{"tokenizer": "characters", "alphabet": [...]}}'
             ) from error
-        return cls(alphabet)
 
     def write(self, path: Path) -> None:
         """Write the vocabulary as JSON."""

@@ -23,12 +23,12 @@ def tokenizer() -> CharacterTokenizer:
 
 @pytest.fixture
 def samples(tokenizer: CharacterTokenizer) -> list[Sample]:
-    """Eight utterances of 1 to 3 words; each letter is a fixed pattern of 8 to 12 frames, plus noise."""
+    """Eight utterances of 2 to 4 words; each letter is a fixed pattern of 8 to 12 frames, plus noise."""
     stream = np.random.default_rng(1)
     patterns = stream.standard_normal((tokenizer.vocabulary_size, N_MELS))
     samples = []
     for number in range(8):
-        text = " ".join(stream.choice(WORDS, stream.integers(1, 4)))
+        text = " ".join(stream.choice(WORDS, stream.integers(2, 5)))
         tokens = tokenizer.encode(text)
         clean = np.concatenate([np.tile(patterns[token], (stream.integers(8, 13), 1)) for token in tokens])
         features = torch.tensor(clean + 0.3 * stream.standard_normal(clean.shape), dtype=torch.float32)

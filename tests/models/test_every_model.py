@@ -50,9 +50,7 @@ def padded_with_noise(batch: Batch, frames: int) -> Batch:
 def gradients(model: SpeechModel, batch: Batch) -> dict[str, Tensor]:
     model.zero_grad()
     model(batch).loss.backward()
-    return {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_an_utterance_does_not_depend_on_company_or_padding(
@@ -62,9 +60,7 @@ def test_an_utterance_does_not_depend_on_company_or_padding(
     together = model(padded_with_noise(batch, 37))
     decoded = model.decode(padded_with_noise(batch, 37))
     alone = [model(collate([sample])) for sample in samples]
-    torch.testing.assert_close(
-        together.loss, torch.stack([one.loss for one in alone]).mean(), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(together.loss, torch.stack([one.loss for one in alone]).mean(), rtol=0, atol=1e-5)
     for row, (one, sample) in enumerate(zip(alone, samples, strict=True)):
         steps = int(one.lengths[0])
         assert together.lengths[row] == steps
@@ -115,9 +111,7 @@ RECIPES = {"deepspeech2": (80, 3e-3), "las": (80, 3e-3), "tds": (60, 3e-3)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_overfits_eight_utterances(
-    name: str, build: Build, batch: Batch, tokenizer: CharacterTokenizer
-) -> None:
+def test_overfits_eight_utterances(name: str, build: Build, batch: Batch, tokenizer: CharacterTokenizer) -> None:
     steps, rate = RECIPES[name]
     model = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)

@@ -38,9 +38,7 @@ def test_batch_norm_equals_torch_s_on_the_real_frames() -> None:
     for _ in range(2):
         sequences = torch.randn(3, 5, 4) * 3 + 1
         valid = valid_frames(LENGTHS, 5)
-        torch.testing.assert_close(
-            ours(sequences, LENGTHS)[valid], theirs(sequences[valid]), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(ours(sequences, LENGTHS)[valid], theirs(sequences[valid]), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_variance, theirs.running_var)
     ours.eval(), theirs.eval()
@@ -57,9 +55,7 @@ def test_batch_norm_of_pictures_is_by_channel() -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_recurrent_layer_equals_packed_sequences(cell: str) -> None:
     layer = Recurrent(cell, 4, 6, "concatenation")
-    packed_layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cell](
-        4, 6, batch_first=True, bidirectional=True
-    )
+    packed_layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cell](4, 6, batch_first=True, bidirectional=True)
     for name, parameter in layer.forwards.named_parameters():
         nn.init.normal_(parameter)
         packed_layer.get_parameter(name).data.copy_(parameter)

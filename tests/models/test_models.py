@@ -14,10 +14,7 @@ from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 
 def test_naming_the_models_imports_no_torch() -> None:
     command = "import sys, sonosco_mlflow.models; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", command], env={"PYTHONPATH": "src"}, check=False).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", command], env={"PYTHONPATH": "src"}, check=False).returncode == 0
 
 
 def test_settings_replace_those_of_the_preset() -> None:
@@ -67,7 +64,7 @@ def test_mistakes_are_named_with_the_nearest_choice(
 @pytest.mark.parametrize("name", MODELS)
 def test_presets_are_complete_and_of_their_size(name: str, build: Callable[..., SpeechModel]) -> None:
     assert model_settings(name, "small", {}).keys() == model_settings(name, "paper", {}).keys()
-    assert 0.5e6 < build(name).parameter_count() < 2.5e6
+    assert 0.5e6 < build(name).parameter_count() < 3e6
 
 
 def test_weights_follow_from_the_seed_and_the_description_rebuilds_the_model(

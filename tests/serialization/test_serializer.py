@@ -178,7 +178,7 @@ def _local() -> object:
 def test_names_that_are_not_trusted_are_refused_and_nothing_is_imported(name: str) -> None:
     before = set(sys.modules)
     for document in ({"$name": name}, {"$object": name, "parameters": {}}, {"$enum": name, "name": "x"}):
-        with pytest.raises(UserError, match="is not trusted|is not a class or function that|does not exist"):
+        with pytest.raises(UserError, match=r"is not trusted|is not a class or function that|does not exist"):
             Deserializer().build(document)
     assert not {module for module in set(sys.modules) - before if not module.startswith(("torch", "sonosco_mlflow"))}
 

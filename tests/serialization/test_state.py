@@ -44,7 +44,9 @@ def raw(tensor: Tensor) -> bytes:
 
 TENSORS = st.builds(
     lambda dtype, shape, seed: torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).to(dtype),
-    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]),
+    st.sampled_from(
+        [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    ),
     st.lists(st.integers(0, 3), max_size=3),
     st.integers(0, 9),
 )
@@ -62,7 +64,13 @@ def test_a_tree_comes_back_byte_for_byte(tree: dict[Any, Any]) -> None:
 
 
 def test_nan_infinities_and_integer_keys_come_back() -> None:
-    tree = {"best": -math.inf, "now": math.nan, "scores": {3: 0.1, -1: math.inf}, "zero": -0.0, "t": torch.tensor(math.nan)}
+    tree = {
+        "best": -math.inf,
+        "now": math.nan,
+        "scores": {3: 0.1, -1: math.inf},
+        "zero": -0.0,
+        "t": torch.tensor(math.nan),
+    }
     assert same(through_bytes(tree), tree)
 
 

@@ -111,7 +111,7 @@ def test_early_stopping_remembers_across_a_resume() -> None:
 
 def test_an_unknown_monitor_is_refused_with_the_nearest() -> None:
     callback = EarlyStopping(monitor="val_los")
-    with pytest.raises(UserError, match="'val_los', .* did you mean 'val_loss'"):
+    with pytest.raises(UserError, match=r"'val_los', .* did you mean 'val_loss'"):
         callback.on_validation_end(standing(), validation(loss=1.0, word_error_rate=0.5))
 
 

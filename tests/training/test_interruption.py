@@ -11,9 +11,7 @@ from sonosco_mlflow.training.trainer import ModelTrainer
 from toy import ToyModel, tone_loader
 
 
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
-)
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_the_first_signal_waits_for_the_caller(number: signal.Signals, error: type[BaseException]) -> None:
     with deferred_interrupts() as interruption:
         interruption.raise_if_requested()
@@ -26,10 +24,22 @@ def test_the_first_signal_waits_for_the_caller(number: signal.Signals, error: ty
 
 
 def test_the_second_signal_does_not_wait() -> None:
-    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupt(times: int) -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second signal was put off")
+
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        interrupt(times=2)
+
+
+def test_an_interrupt_passed_on_by_a_launcher_is_one_interrupt() -> None:
+    with deferred_interrupts() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            interruption.raise_if_requested()
+    assert raised.type is KeyboardInterrupt
 
 
 def test_a_signal_after_the_last_safe_point_is_not_lost() -> None:

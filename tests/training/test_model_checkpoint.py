@@ -43,9 +43,7 @@ class Scripted(Callback):
         validation.metrics["val_loss"] = self.losses[trainer.progress.step // self.every_steps - 1]
 
 
-def test_epochs_end_in_a_checkpoint_and_the_last_and_best_are_kept(
-    tone_manifest: Manifest, checkpoints: Path
-) -> None:
+def test_epochs_end_in_a_checkpoint_and_the_last_and_best_are_kept(tone_manifest: Manifest, checkpoints: Path) -> None:
     losses = [3.0, 1.0, 2.0, 5.0, 4.0, 6.0]
     callback = ModelCheckpoint(checkpoints, keep_last=2, keep_best=2)
     saved: list[Path] = []
@@ -106,9 +104,7 @@ def test_an_early_stop_is_saved(tone_manifest: Manifest, checkpoints: Path) -> N
     trainer = new_trainer(tone_manifest, stopping, callback, validate_every_steps=1)
     trainer.start_training()
     assert trainer.progress.batch == 2
-    resumed = Deserializer().deserialize(
-        checkpoints, train_loader=trainer.train_loader, val_loader=trainer.val_loader
-    )
+    resumed = Deserializer().deserialize(checkpoints, train_loader=trainer.train_loader, val_loader=trainer.val_loader)
     assert resumed.stop_reason == trainer.stop_reason
     assert resumed.finished
 
@@ -140,9 +136,7 @@ def test_a_run_resumed_from_any_checkpoint_keeps_the_same_ones_with_the_same_byt
     for copied in copies:
         shutil.rmtree(folder)
         copied.rename(folder)
-        resumed = Deserializer().deserialize(
-            folder, train_loader=trainer.train_loader, val_loader=trainer.val_loader
-        )
+        resumed = Deserializer().deserialize(folder, train_loader=trainer.train_loader, val_loader=trainer.val_loader)
         resumed.continue_training()
         found = {path: path.read_bytes() for path in sorted(folder.glob("*/*")) if path.name != "objects.json"}
         assert found == expected

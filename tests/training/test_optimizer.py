@@ -86,5 +86,5 @@ def test_a_foreign_tensor_is_refused() -> None:
 def test_a_missing_parameter_is_refused() -> None:
     model = new_model()
     recipe = OptimizerRecipe.of(two_groups(model), model)
-    with pytest.raises(UserError, match="no parameter '2.weight'"):
+    with pytest.raises(UserError, match=r"no parameter '2\.weight'"):
         recipe.build(nn.Sequential(nn.Linear(3, 4)))

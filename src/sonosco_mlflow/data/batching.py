@@ -31,7 +31,7 @@ class BatchPlan:
     """
 
     def __init__(
-        self, frames: Sequence[int], frames_per_batch: int, seed: int | None = None, jitter: float = 0.1
+        self, frames: Sequence[int], frames_per_batch: int, seed: int | None = None, jitter: float = 0.05
     ) -> None:
         if frames_per_batch < 1:
             raise UserError(f"data.frames_per_batch is {frames_per_batch}, expected at least 1")

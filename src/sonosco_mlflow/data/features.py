@@ -173,9 +173,7 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.npy"
 
 
-def assign_shards(
-    manifest: Manifest, processor: AudioDataProcessor, bytes_per_value: int
-) -> list[list[Utterance]]:
+def assign_shards(manifest: Manifest, processor: AudioDataProcessor, bytes_per_value: int) -> list[list[Utterance]]:
     """Cut ``manifest`` into shards of at most ``SHARD_BYTES`` each, by the durations it states."""
     shards: list[list[Utterance]] = [[]]
     filled = 0

@@ -96,9 +96,7 @@ class AudioDataProcessor:
             UserError: the waveform is shorter than one window.
         """
         if self.frames(len(waveform)) == 0:
-            raise UserError(
-                f"{len(waveform)} samples are shorter than one analysis window of {self.window_length}"
-            )
+            raise UserError(f"{len(waveform)} samples are shorter than one analysis window of {self.window_length}")
         padded = torch.nn.functional.pad(waveform, (self._left, self._right))
         energies: Tensor = self._spectrogram(padded)
         return energies.clamp_min(1e-10).log().T.contiguous()

@@ -86,9 +86,7 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[Decoded]:
     rows = [row[mask] for row, mask in zip(best, kept, strict=True)]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float(SpecialToken.PAD))
     scores = ctc_log_likelihood(log_probs, lengths, tokens, kept.sum(dim=1))
-    return [
-        Decoded(row.tolist(), score, torch.empty(0)) for row, score in zip(rows, scores.tolist(), strict=True)
-    ]
+    return [Decoded(row.tolist(), score, torch.empty(0)) for row, score in zip(rows, scores.tolist(), strict=True)]
 
 
 def attention_greedy(step: Step, limits: Tensor) -> list[Decoded]:
@@ -119,7 +117,5 @@ def attention_greedy(step: Step, limits: Tensor) -> list[Decoded]:
     all_tokens, all_weights = torch.stack(tokens, dim=1).cpu(), torch.stack(weights, dim=1).cpu()
     return [
         Decoded(without_special(row[:count].tolist()), score, attended[:count])
-        for row, score, attended, count in zip(
-            all_tokens, scores.tolist(), all_weights, steps.tolist(), strict=True
-        )
+        for row, score, attended, count in zip(all_tokens, scores.tolist(), all_weights, steps.tolist(), strict=True)
     ]

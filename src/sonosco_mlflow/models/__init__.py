@@ -79,8 +79,6 @@ def _fitting(key: str, value: object, example: object) -> object:
     if isinstance(example, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(example) or value == []:
-        expected = (
-            f"a list of {type(example[0]).__name__}" if isinstance(example, list) else type(example).__name__
-        )
+        expected = f"a list of {type(example[0]).__name__}" if isinstance(example, list) else type(example).__name__
         raise UserError(f"{key} is {value!r}, expected {expected}, for instance {example!r}")
     return value

@@ -180,6 +180,4 @@ class AttentionModel(SpeechModel):
     def teacher_forced(self, output: ModelOutput) -> list[list[int]]:
         """Return the best next token after each reference prefix, special tokens dropped."""
         best = output.logits.argmax(dim=-1).tolist()
-        return [
-            without_special(row[:length]) for row, length in zip(best, output.lengths.tolist(), strict=True)
-        ]
+        return [without_special(row[:length]) for row, length in zip(best, output.lengths.tolist(), strict=True)]

@@ -29,9 +29,7 @@ class Convolution(nn.Module):
         stride: (frames, bands) between two outputs.
     """
 
-    def __init__(
-        self, channels: int, output_channels: int, kernel: tuple[int, int], stride: tuple[int, int]
-    ) -> None:
+    def __init__(self, channels: int, output_channels: int, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
         super().__init__()
         self.stride = stride
         self.convolution = nn.Conv2d(
@@ -72,7 +70,7 @@ class DeepSpeech2(SpeechModel):
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "small": {
-            "channels": [16, 16],
+            "channels": [8, 16],
             "time_kernels": [11, 7],
             "band_kernels": [21, 11],
             "time_strides": [2, 2],
@@ -114,9 +112,7 @@ class DeepSpeech2(SpeechModel):
         dropout: float,
     ) -> None:
         super().__init__()
-        lists = [
-            list(values) for values in (channels, time_kernels, band_kernels, time_strides, band_strides)
-        ]
+        lists = [list(values) for values in (channels, time_kernels, band_kernels, time_strides, band_strides)]
         if len({len(values) for values in lists}) != 1:
             raise UserError(
                 "model.settings: channels, time_kernels, band_kernels, time_strides and band_strides must "
@@ -124,8 +120,7 @@ class DeepSpeech2(SpeechModel):
             )
         if any(size % 2 == 0 for size in [*time_kernels, *band_kernels]):
             raise UserError(
-                f"model.settings: time_kernels {list(time_kernels)} and band_kernels {list(band_kernels)} "
-                "must be odd"
+                f"model.settings: time_kernels {list(time_kernels)} and band_kernels {list(band_kernels)} must be odd"
             )
         if cell not in CELLS:
             raise UserError(f"model.settings.cell is '{cell}': {nearest(cell, CELLS)}")
@@ -161,9 +156,7 @@ class DeepSpeech2(SpeechModel):
         posteriors = log_probs.exp().cpu()
         return [
             Hypothesis(one.tokens, one.score, rows[:frames])
-            for one, rows, frames in zip(
-                ctc_greedy(log_probs, lengths), posteriors, lengths.tolist(), strict=True
-            )
+            for one, rows, frames in zip(ctc_greedy(log_probs, lengths), posteriors, lengths.tolist(), strict=True)
         ]
 
     def teacher_forced(self, output: ModelOutput) -> list[list[int]]:

@@ -73,7 +73,7 @@ class LAS(AttentionModel):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "small": {
             "listener_size": 128,
-            "joined_frames": [2, 2],
+            "joined_frames": [2, 2, 2],
             "attention_size": 128,
             "speller_size": 160,
             "speller_layers": 1,

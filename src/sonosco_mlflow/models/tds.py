@@ -151,12 +151,12 @@ class TDS(AttentionModel):
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "small": {
-            "channels": [4, 6],
+            "channels": [4, 8],
             "blocks": [2, 2],
-            "strides": [2, 2],
-            "kernel": 9,
+            "strides": [4, 2],
+            "kernel": 15,
             "decoder_size": 160,
-            "dropout": 0.1,
+            "dropout": 0.0,
             "label_smoothing": 0.05,
             "random_sampling": 0.01,
             "soft_window_sigma": 4.0,

@@ -104,8 +104,8 @@ def constructor_parameters(value: Any) -> dict[str, Any]:
             parameters[name] = getattr(value, name)
         elif parameter.default is inspect.Parameter.empty:
             raise UserError(
-                f"{qualified_name(type(value))} cannot be serialised: the value of its parameter '{name}' is not known. "
-                "Mark the class with @serializable"
+                f"{qualified_name(type(value))} cannot be serialised: "
+                f"the value of its parameter '{name}' is not known. Mark the class with @serializable"
             )
     return parameters
 
@@ -123,9 +123,7 @@ class Serializer:
     def __init__(self, external: Mapping[str, object] | None = None) -> None:
         self._external = {id(value): name for name, value in (external or {}).items() if value is not None}
 
-    def serialize(
-        self, value: Any, path: str | Path, step: int = 0, digests: Mapping[str, str] | None = None
-    ) -> Path:
+    def serialize(self, value: Any, path: str | Path, step: int = 0, digests: Mapping[str, str] | None = None) -> Path:
         """Write ``value`` and its state as a checkpoint under ``path``, and return the checkpoint's directory.
 
         Args:
@@ -182,9 +180,7 @@ class Serializer:
             raise UserError(f"{path or 'the object'}: {error}") from error
         anew = {key: parameters[key] for key in getattr(value, "external_parameters", ())}
         inner = self._knowing(anew) if anew else self
-        described = {
-            key: inner.describe(item, f"{path}.{key}" if path else key) for key, item in parameters.items()
-        }
+        described = {key: inner.describe(item, f"{path}.{key}" if path else key) for key, item in parameters.items()}
         return {"$object": name, "parameters": described}
 
     def _knowing(self, external: Mapping[str, object]) -> "Serializer":
@@ -198,14 +194,12 @@ class Serializer:
     def _describe_mapping(self, value: Mapping[Any, Any], path: str) -> Any:
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: self.describe(item, f"{path}.{key}") for key, item in value.items()}
-        pairs = [
-            [self.describe(key, path), self.describe(item, f"{path}[{key!r}]")] for key, item in value.items()
-        ]
+        pairs = [[self.describe(key, path), self.describe(item, f"{path}[{key!r}]")] for key, item in value.items()]
         return {"$pairs": pairs}
 
 
 def _parts(state: Mapping[str, object]) -> Mapping[str, object]:
-    """Return ``state`` as parts with a file each: its entries where they are trees themselves, else the whole as one."""
+    """Return ``state`` as parts with a file each: its entries where all are trees themselves, else the whole."""
     parted = all(name.isidentifier() and isinstance(entry, Mapping) for name, entry in state.items())
     return state if parted and state.keys() != {"state"} else {"state": state}
 
@@ -316,9 +310,7 @@ class Deserializer:
                 f"or pass trusted=['{module_name}'] to the Deserializer"
             )
         try:
-            target = functools.reduce(
-                getattr, qualified.split("."), cast(Any, importlib.import_module(module_name))
-            )
+            target = functools.reduce(getattr, qualified.split("."), cast(Any, importlib.import_module(module_name)))
         except (ImportError, AttributeError) as error:
             raise UserError(f"'{name}' does not exist: {error}") from error
         # A module also holds what it imported; only what it defines is its own.
@@ -332,9 +324,7 @@ class Deserializer:
         if isinstance(path, Path) or not re.match(r"[a-z][a-z0-9+.-]+:/", path):
             return Path(path)
         if self.fetch is None:
-            raise UserError(
-                f"'{path}' is not on this machine; give the Deserializer a way to fetch it, or a folder"
-            )
+            raise UserError(f"'{path}' is not on this machine; give the Deserializer a way to fetch it, or a folder")
         return self.fetch(path)
 
     def _class(self, name: str, base: type[Any]) -> Any:

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def prepare_data(config: Config, project: Path) -> DataFolder:
         raise UserError(f"{project}: no dvc.yaml here; run in the project's folder")
     workspace = project if _is_own_recipe(config, project) else _private_workspace(config, project)
     with locked(project / ".sonosco" / "locks" / f"data-{workspace.name}.lock"):
-        _reproduce(workspace, project)
+        _reproduce(workspace)
     return DataFolder(workspace / "data")
 
 
@@ -121,21 +121,14 @@ def _private_workspace(config: Config, project: Path) -> Path:
     return workspace
 
 
-def _reproduce(workspace: Path, project: Path) -> None:
-    # The stages name `python` and the package; both must be those that run now, wherever DVC was called from.
-    environment = dict(os.environ) | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "PYTHONPATH": os.pathsep.join(_source_paths(os.environ)),
-    }
+def _reproduce(workspace: Path) -> None:
+    # The stages name `python`: it must be the one that runs now, wherever DVC was called from.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = [sys.executable, "-m", "dvc", "repro", "--quiet", *DATA_STAGES]
-    result = subprocess.run(command, cwd=workspace, env=environment, stdin=subprocess.DEVNULL, check=False)
+    result = subprocess.run(command, cwd=workspace, env={**os.environ, "PATH": path}, stdin=subprocess.DEVNULL, check=False)
     if result.returncode != 0:
         raise UserError(
             f"the data could not be brought up to date: `dvc repro {' '.join(DATA_STAGES)}` in {workspace} ended with "
             f"status {result.returncode}; its message stands above"
         )
 
-
-def _source_paths(environment: Mapping[str, str]) -> list[str]:
-    package_root = str(Path(__file__).resolve().parents[2])
-    return [package_root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,12 +137,17 @@ class Environment:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def describe_environment(threads: int) -> Environment:
-    """Describe this process's environment."""
-    pins = sorted(
-        {f"{item.metadata['Name']}=={item.version}" for item in importlib.metadata.distributions()},
-        key=str.lower,
-    )
+def describe_environment(threads: int, project: Path) -> Environment:
+    """Describe this process's environment.
+
+    Where ``project`` pins its distributions, those are listed, in the versions that are installed: tools that are
+    installed beside them, such as a linter, change no result.
+    """
+    pins = {_normal(item.metadata["Name"]): item.version for item in importlib.metadata.distributions()}
+    pinned = project / "requirements.txt"
+    if pinned.exists():
+        names = {_normal(line.partition("==")[0]) for line in pinned.read_text(encoding="utf-8").splitlines()}
+        pins = {name: version for name, version in pins.items() if name in names}
     # These change results without any change of code.
     numerics = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG")
     system: dict[str, object] = {
@@ -153,7 +159,11 @@ def describe_environment(threads: int) -> Environment:
         "threads": threads,
         "variables": {name: os.environ[name] for name in numerics if name in os.environ},
     }
-    return Environment("\n".join(pins) + "\n", system)
+    return Environment("".join(f"{name}=={version}\n" for name, version in sorted(pins.items())), system)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 """Signals that stop a run, put off until its state is consistent.
 
 An interrupt in the middle of a step would leave half of the parameters moved. While training, the first SIGINT or
-SIGTERM is therefore only noted, and raised at the next safe point; a second one is raised at once.
+SIGTERM is therefore only noted, and raised at the next safe point; when it comes again, it is raised at once.
 """
 
 import signal
@@ -24,10 +24,14 @@ class Interruption:
         self.requested: signal.Signals | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: note the first, raise the second at once."""
-        if self.requested is not None:
+        """Handle a signal: note the first, raise the same one at once when it comes again.
+
+        ``mlflow run`` turns one interrupt from the keyboard into a SIGINT and, a moment later, a SIGTERM: another
+        signal than the first says nothing new.
+        """
+        if self.requested == number:
             self.raise_if_requested()
-        self.requested = signal.Signals(number)
+        self.requested = self.requested or signal.Signals(number)
 
     def raise_if_requested(self) -> None:
         """Raise what was noted: :class:`KeyboardInterrupt`, or :class:`Terminated` for SIGTERM."""

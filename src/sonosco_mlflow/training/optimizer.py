@@ -74,19 +74,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     names = _names(model)
     moments = {names[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()}
     groups = [
-        {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in group.items()
-            if key != "params"
-        }
+        {key: list(value) if isinstance(value, tuple) else value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     return {"moments": dict(sorted(moments.items())), "groups": groups}
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]
-) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Put back what :func:`optimizer_state` returned."""
     for group, options in zip(optimizer.param_groups, state["groups"], strict=True):
         for key, value in options.items():

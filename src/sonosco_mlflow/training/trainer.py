@@ -136,9 +136,7 @@ class ModelTrainer:
             UserError: there is nothing to train on, or the loss is not finite.
         """
         if self.train_loader is None:
-            raise UserError(
-                "there is no train_loader; give it to the ModelTrainer or to Deserializer.deserialize"
-            )
+            raise UserError("there is no train_loader; give it to the ModelTrainer or to Deserializer.deserialize")
         try:
             self._emit("on_train_begin")
             with deferred_interrupts() as interruption:
@@ -184,9 +182,7 @@ class ModelTrainer:
                 if self.decoder is not None:
                     hypotheses += self.decoder(self.model, batch)
         if not ids:
-            raise UserError(
-                f"there is no utterance to evaluate for '{prefix}loss'; the loader's manifest is empty"
-            )
+            raise UserError(f"there is no utterance to evaluate for '{prefix}loss'; the loader's manifest is empty")
         metrics = {f"{prefix}loss": total / len(ids)}
         for metric in self.metrics:
             metrics[f"{prefix}{_name(metric)}"] = float(metric(references, hypotheses))
@@ -215,7 +211,8 @@ class ModelTrainer:
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"the loss is {loss.item()} at step {progress.step + 1} (epoch {progress.epoch}, utterances "
-                f"{', '.join(batch.ids[:5])}); lower optimizer.lr, set training.gradient_clip, or look at these utterances"
+                f"{', '.join(batch.ids[:5])}); "
+                "lower optimizer.lr, set training.gradient_clip, or look at these utterances"
             )
         (loss / window).backward()  # type: ignore[no-untyped-call]
         self._window_loss += loss.item() / window
@@ -270,9 +267,7 @@ class ModelTrainer:
 
     def _validation_is_due(self, epoch_ended: bool) -> bool:
         every = self.validate_every_steps
-        return self.val_loader is not None and (
-            epoch_ended or (every is not None and self.progress.step % every == 0)
-        )
+        return self.val_loader is not None and (epoch_ended or (every is not None and self.progress.step % every == 0))
 
     def _validate(self) -> None:
         assert self.val_loader is not None
@@ -336,9 +331,7 @@ class ModelTrainer:
                 "gradients": gradients,
                 "window_loss": self._window_loss,
                 "generators": generator_states(),
-                "callbacks": {
-                    name: callback.state_dict() for name, callback in self._named_callbacks().items()
-                },
+                "callbacks": {name: callback.state_dict() for name, callback in self._named_callbacks().items()},
             },
         }
 

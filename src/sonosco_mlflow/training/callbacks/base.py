@@ -56,7 +56,7 @@ class Callback:
         """Training ended: all epochs are done, or a callback asked to stop."""
 
     def on_exception(self, trainer: "ModelTrainer", error: BaseException) -> None:
-        """Training ends by ``error``, an interrupt included, and without :meth:`on_train_end`: let go of what is held."""
+        """Training ends by ``error`` (or an interrupt) and without :meth:`on_train_end`: let go of what is held."""
 
     def learning_rate_factor(self, trainer: "ModelTrainer") -> float:
         """Return what the base learning rate is multiplied by at the coming step.

@@ -26,7 +26,8 @@ class EarlyStopping(Callback):
         patience = self._patience
         if patience.exhausted_by(validation):
             trainer.stop_training(
-                f"{patience.monitor} has not improved on {patience.best:.6g} for {patience.without_improvement} validations"
+                f"{patience.monitor} has not improved on {patience.best:.6g} "
+                f"for {patience.without_improvement} validations"
             )
 
     def state_dict(self) -> dict[str, object]:

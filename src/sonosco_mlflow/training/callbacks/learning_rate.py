@@ -46,9 +46,7 @@ class LearningRateReduction(Callback):
         if not 0 < factor < 1:
             raise UserError(f"the factor of {type(self).__name__} is {factor}, expected one between 0 and 1")
         if floor < 0:
-            raise UserError(
-                f"the floor of {type(self).__name__} is {floor}, expected a learning rate of 0 or more"
-            )
+            raise UserError(f"the floor of {type(self).__name__} is {floor}, expected a learning rate of 0 or more")
         self.factor = factor
         self.floor = floor
 
@@ -89,9 +87,7 @@ class ScheduledLearningRateReduction(LearningRateReduction):
 class PlateauLearningRateReduction(LearningRateReduction):
     """Reduces the learning rate after ``patience`` validations in a row without a better value (lower is better)."""
 
-    def __init__(
-        self, patience: int = 2, factor: float = 0.5, floor: float = 0.0, monitor: str = "val_loss"
-    ) -> None:
+    def __init__(self, patience: int = 2, factor: float = 0.5, floor: float = 0.0, monitor: str = "val_loss") -> None:
         super().__init__(factor, floor)
         self._patience = Patience(patience, monitor)
         self._reductions = 0

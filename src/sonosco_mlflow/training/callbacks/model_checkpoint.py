@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ModelCheckpoint(Callback):
-    """Saves the trainer at the end of each epoch, when training stops, when a validation ranks among the best, and as asked.
+    """Saves the trainer: at the end of each epoch, when training stops, when a validation ranks, and as asked.
 
     Kept are the last ``keep_last`` checkpoints and the best ``keep_best``; another is removed only after the newer one
     has been read back and verified. It comes last among the callbacks, so that what it saves is what they decided.
@@ -53,9 +53,7 @@ class ModelCheckpoint(Callback):
         monitor: str = "val_loss",
     ) -> None:
         if keep_last < 2:
-            raise UserError(
-                f"keep_last is {keep_last}, expected at least 2: the newest checkpoint may be broken"
-            )
+            raise UserError(f"keep_last is {keep_last}, expected at least 2: the newest checkpoint may be broken")
         self.directory = Path(directory)
         self.every_steps = every_steps
         self.every_minutes = every_minutes
@@ -138,10 +136,7 @@ class ModelCheckpoint(Callback):
             trainer.progress.batch == 0
             or trainer.finished
             or (self.every_steps is not None and step % self.every_steps == 0)
-            or (
-                self.every_minutes is not None
-                and time.monotonic() - self._saved_at >= 60 * self.every_minutes
-            )
+            or (self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes)
             or step in self._best([*self._kept, step])
         )
 

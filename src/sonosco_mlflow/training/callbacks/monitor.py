@@ -15,9 +15,7 @@ def monitored(validation: "Validation", name: str) -> float:
         UserError: there is no such metric; the message gives the nearest one.
     """
     if name not in validation.metrics:
-        raise UserError(
-            f"monitor is '{name}', which no validation gives; {nearest(name, validation.metrics)}"
-        )
+        raise UserError(f"monitor is '{name}', which no validation gives; {nearest(name, validation.metrics)}")
     return validation.metrics[name]
 
 

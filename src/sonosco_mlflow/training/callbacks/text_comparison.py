@@ -41,18 +41,14 @@ class TextComparison(Callback):
             UserError: it has no decoder.
         """
         if trainer.decoder is None:
-            raise UserError(
-                "TextComparison needs hypotheses; give the ModelTrainer a decoder or a model that decodes"
-            )
+            raise UserError("TextComparison needs hypotheses; give the ModelTrainer a decoder or a model that decodes")
 
     def on_validation_end(self, trainer: "ModelTrainer", validation: "Validation") -> None:
         """Record the table."""
         count = len(validation.ids)
         chosen = sorted({i * count // self.samples for i in range(self.samples)})
         columns = (validation.ids, validation.references, validation.hypotheses)
-        trainer.record_text(
-            "text_comparison", comparison_table(*([column[i] for i in chosen] for column in columns))
-        )
+        trainer.record_text("text_comparison", comparison_table(*([column[i] for i in chosen] for column in columns)))
 
 
 class TeacherForcedTextComparison(Callback):

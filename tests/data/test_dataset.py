@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from sonosco_mlflow.data.augment import SpecAugment
+from sonosco_mlflow.data.dataset import AudioDataset
+from sonosco_mlflow.data.features import FeatureStatistics, extract_features
+from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.data.processor import AudioDataProcessor
+from sonosco_mlflow.determinism import random_stream
+from sonosco_mlflow.errors import UserError
+from toy import PROCESSOR, TOKENIZER
+
+STATISTICS = FeatureStatistics([-5.0] * 8, [2.0] * 8)
+
+
+def test_with_a_store_and_without_the_samples_are_equal(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    with_store = AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, store=store, statistics=STATISTICS)
+    without = AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, statistics=STATISTICS)
+    assert with_store.frames == without.frames
+    assert len(with_store) == len(without) == len(tone_manifest)
+    for position in range(len(tone_manifest)):
+        one, other = with_store[position], without[position]
+        assert (one.id, one.text) == (other.id, other.text)
+        assert torch.equal(one.features, other.features)
+        assert torch.equal(one.tokens, other.tokens)
+        assert one.features.shape == (without.frames[position], 8)
+
+
+def test_a_sample_is_what_was_said(tone_manifest: Manifest) -> None:
+    sample = AudioDataset(tone_manifest, PROCESSOR, TOKENIZER)[2]
+    utterance = tone_manifest[2]
+    assert (sample.id, sample.text) == (utterance.id, utterance.text)
+    assert sample.tokens.dtype == torch.int64
+    assert TOKENIZER.decode(sample.tokens.tolist()) == utterance.text
+    assert torch.equal(sample.features, PROCESSOR(tone_manifest.audio_path(utterance)))
+
+
+def test_features_are_normalised_by_the_statistics_given(tone_manifest: Manifest) -> None:
+    plain = AudioDataset(tone_manifest, PROCESSOR, TOKENIZER)[0].features
+    normalised = AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, statistics=STATISTICS)[0].features
+    torch.testing.assert_close(normalised, (plain + 5.0) / 2.0)
+
+
+def test_a_half_precision_store_gives_single_precision_samples(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path, dtype="float16")
+    assert AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, store=store)[0].features.dtype == torch.float32
+
+
+def test_augmentation_is_keyed_by_seed_epoch_and_utterance(tone_manifest: Manifest) -> None:
+    augment = SpecAugment(2, 10, 0.5, 2, 4)
+    datasets = [
+        AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, augmentation=augment, seed=seed) for seed in (0, 0, 1)
+    ]
+    datasets[1].sample(5, epoch=0)  # what was loaded before does not matter
+    one, same, other = (dataset.sample(0, epoch=3).features for dataset in datasets)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, datasets[0].sample(0, epoch=4).features)
+    plain = datasets[0][0]
+    assert torch.equal(one, augment(plain.features, random_stream(0, "augment", 3, plain.id)))
+    assert torch.equal(plain.features, AudioDataset(tone_manifest, PROCESSOR, TOKENIZER)[0].features)
+
+
+def test_the_stored_features_are_never_changed(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    before = (tmp_path / "shard-00000.npy").read_bytes()
+    dataset = AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, store=store)
+    expected = dataset[0].features.clone()
+    dataset[0].features.zero_()
+    assert (tmp_path / "shard-00000.npy").read_bytes() == before
+    assert torch.equal(dataset[0].features, expected)
+
+
+def test_a_store_that_lacks_an_utterance_is_refused(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest[:18], PROCESSOR, tmp_path)
+    with pytest.raises(UserError, match="2 utterances of the manifest have no features, the first is 'tone-018'"):
+        AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, store=store)
+
+
+@pytest.mark.parametrize(("rate", "samples"), [(8000, 4001), (22050, 11111), (44100, 9999), (16000, 5000)])
+def test_the_frames_of_audio_at_another_rate_are_known_from_its_header(rate: int, samples: int, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(samples), rate)
+    manifest = Manifest([Utterance("a", "a.wav", samples / rate, "A", "s")], tmp_path)
+    dataset = AudioDataset(manifest, AudioDataProcessor(n_mels=8, window_stride=0.0001), TOKENIZER)
+    assert dataset.frames == [len(dataset[0].features)]
+
+
+def test_missing_audio_is_named(tmp_path: Path) -> None:
+    manifest = Manifest([Utterance("a", "a.wav", 1.0, "A", "s")], tmp_path)
+    with pytest.raises(UserError, match=r"a\.wav: cannot be read as audio"):
+        AudioDataset(manifest, PROCESSOR, TOKENIZER)

@@ -1,0 +1,141 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sonosco_mlflow.data import features as module
+from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore, extract_features
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
+from toy import PROCESSOR
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of about 100 frames, so that the corpus needs several."""
+    monkeypatch.setattr(module, "SHARD_BYTES", 100 * PROCESSOR.n_mels * 4)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tone_manifest: Manifest, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        extract_features(tone_manifest, PROCESSOR, tmp_path / str(processes), processes=processes)
+    one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
+    assert list(one) == ["index.jsonl", *(f"shard-{number:05d}.npy" for number in range(len(one) - 1))]
+    assert len(one) > 4
+    assert one == two
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_is_read_is_what_the_processor_gives(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    assert len(store) == len(tone_manifest)
+    assert store.n_mels == PROCESSOR.n_mels
+    for utterance in tone_manifest:
+        expected = PROCESSOR(tone_manifest.audio_path(utterance)).numpy()
+        assert utterance.id in store
+        assert store.frames(utterance.id) == len(expected)
+        np.testing.assert_array_equal(store.read(utterance.id), expected)
+    assert "nobody" not in store
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_no_shard_is_over_its_size(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    sizes = [shard.nbytes for shard in store.shards()]
+    assert max(sizes) <= module.SHARD_BYTES
+    assert sum(sizes) > (len(sizes) - 1) * module.SHARD_BYTES / 2
+
+
+def test_half_precision_is_rounded_once(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path, dtype="float16")
+    utterance = tone_manifest[0]
+    expected = PROCESSOR(tone_manifest.audio_path(utterance)).numpy().astype(np.float16)
+    np.testing.assert_array_equal(store.read(utterance.id), expected)
+
+
+def test_progress_counts_utterances(tone_manifest: Manifest, tmp_path: Path) -> None:
+    seen = []
+    extract_features(tone_manifest, PROCESSOR, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, len(tone_manifest)) for done in range(1, len(tone_manifest) + 1)]
+
+
+def test_a_store_travels_to_another_process(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    again = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(again.read(tone_manifest[3].id), store.read(tone_manifest[3].id))
+    assert len(pickle.dumps(store)) < 500
+
+
+def test_an_interrupted_extraction_is_no_store(tone_manifest: Manifest, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(tone_manifest, PROCESSOR, tmp_path, progress=interrupt)
+    with pytest.raises(UserError, match="no features here"):
+        FeatureStore(tmp_path)
+
+
+def test_an_utterance_that_cannot_be_read_is_named(tone_manifest: Manifest, tmp_path: Path) -> None:
+    elsewhere = Manifest(list(tone_manifest[:2]), tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere/tone-000\.wav: cannot be read as audio"):
+        extract_features(elsewhere, PROCESSOR, tmp_path / "store")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"id": "a"}', "3"])
+def test_a_broken_index_is_named_by_line(line: str, tone_manifest: Manifest, tmp_path: Path) -> None:
+    extract_features(tone_manifest[:2], PROCESSOR, tmp_path)
+    path = tmp_path / "index.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"index\.jsonl:3: not a row of a feature index"):
+        FeatureStore(tmp_path)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_statistics_centre_and_scale_every_band(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    everything = np.concatenate([store.read(utterance.id) for utterance in tone_manifest]).astype(np.float64)
+    statistics = FeatureStatistics.of(store)
+    np.testing.assert_allclose(statistics.mean, everything.mean(0))
+    np.testing.assert_allclose(statistics.standard_deviation, everything.std(0))
+    normalised = statistics.normalise(torch.from_numpy(everything.astype(np.float32)))
+    torch.testing.assert_close(normalised.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised.std(0), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_a_band_that_never_varies_is_left_unscaled(tmp_path: Path) -> None:
+    np.save(tmp_path / "shard-00000.npy", np.full((5, 2), [3.0, -23.0], dtype=np.float32))
+    (tmp_path / "index.jsonl").write_text('{"id": "a", "shard": 0, "first": 0, "frames": 5}\n')
+    statistics = FeatureStatistics.of(FeatureStore(tmp_path))
+    assert statistics.standard_deviation == [1.0, 1.0]
+    assert statistics.normalise(torch.full((1, 2), 3.0)).tolist() == [[0.0, 26.0]]
+
+
+def test_statistics_come_back_from_their_file_and_their_description(tmp_path: Path) -> None:
+    statistics = FeatureStatistics([0.1, -3.0], [1 / 3, 2.0])
+    statistics.write(tmp_path / "statistics.json")
+    for again in (
+        FeatureStatistics.read(tmp_path / "statistics.json"),
+        Deserializer().build(Serializer().describe(statistics)),
+    ):
+        assert (again.mean, again.standard_deviation) == (statistics.mean, statistics.standard_deviation)
+
+
+def test_statistics_that_are_none_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.json"
+    with pytest.raises(UserError, match=r"statistics\.json: no feature statistics"):
+        FeatureStatistics.read(path)
+    for content in ("{", json.dumps({"mean": [1.0]}), "[]"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"statistics\.json: not feature statistics"):
+            FeatureStatistics.read(path)

@@ -1,0 +1,108 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from sonosco_mlflow.data.dataset import Sample
+from sonosco_mlflow.data.features import extract_features
+from sonosco_mlflow.data.loader import AudioDataLoader, Batch, collate
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.text import SpecialToken
+from toy import PROCESSOR, tone_loader
+
+
+def digest(batch: Batch) -> str:
+    content = hashlib.sha256(repr((batch.ids, batch.texts)).encode())
+    for tensor in (batch.features, batch.feature_lengths, batch.tokens, batch.token_lengths):
+        content.update(repr((tensor.dtype, tensor.shape)).encode() + tensor.numpy().tobytes())
+    return content.hexdigest()
+
+
+def test_any_number_of_workers_gives_the_same_batches(tone_manifest: Manifest, tmp_path: Path) -> None:
+    digests = {
+        workers: [
+            [digest(batch) for batch in tone_loader(tone_manifest, workers=workers).epoch(epoch)] for epoch in (0, 1)
+        ]
+        for workers in (0, 1, 2)
+    }
+    assert digests[0] == digests[1] == digests[2]
+    assert digests[0][0] != digests[0][1]
+
+
+def test_workers_read_a_store_alike(tone_manifest: Manifest, tmp_path: Path) -> None:
+    loader = tone_loader(tone_manifest)
+    expected = [digest(batch) for batch in loader.epoch(0)]
+    loader.dataset.store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    assert [digest(batch) for batch in loader.epoch(0)] == expected
+    loader.workers = 2
+    assert [digest(batch) for batch in loader.epoch(0)] == expected
+
+
+def test_an_epoch_begins_at_any_batch_without_those_before(
+    tone_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = tone_loader(tone_manifest)
+    expected = [digest(batch) for batch in loader.epoch(1)]
+    assert loader.batches_in(1) == len(expected) > 4
+    loaded: list[int] = []
+    original = type(loader.dataset).sample
+
+    def counting(self: object, position: int, epoch: int) -> Sample:
+        loaded.append(position)
+        return original(self, position, epoch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(loader.dataset), "sample", counting)
+    for start in range(len(expected) + 1):
+        loaded.clear()
+        assert [digest(batch) for batch in loader.epoch(1, start)] == expected[start:]
+        assert len(loaded) == sum(map(len, loader.plan.batches(1)[start:]))
+
+
+def test_loading_draws_from_no_global_generator(tone_manifest: Manifest) -> None:
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        list(tone_loader(tone_manifest, workers=workers).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_epoch_has_every_utterance_once_within_the_budget(tone_manifest: Manifest) -> None:
+    batches = list(tone_loader(tone_manifest, frames_per_batch=150).epoch(0))
+    assert sorted(identifier for batch in batches for identifier in batch.ids) == [u.id for u in tone_manifest]
+    assert all(batch.features.shape[0] * batch.features.shape[1] <= 150 for batch in batches)
+    assert any(len(batch) > 1 for batch in batches)
+
+
+def test_evaluation_gives_the_same_batches_in_every_epoch(tone_manifest: Manifest) -> None:
+    loader = tone_loader(tone_manifest, seed=None)
+    assert [digest(batch) for batch in loader] == [digest(batch) for batch in loader.epoch(3)]
+
+
+def test_a_batch_is_padded_with_zeros_and_the_padding_token() -> None:
+    samples = [
+        Sample("a", "AB", torch.ones(3, 8), torch.tensor([5, 6])),
+        Sample("b", "ABA", torch.ones(5, 8), torch.tensor([5, 6, 5])),
+    ]
+    batch = collate(samples)
+    assert (batch.ids, batch.texts, len(batch)) == (["a", "b"], ["AB", "ABA"], 2)
+    assert batch.features.shape == (2, 5, 8)
+    assert batch.features[0, 3:].abs().sum() == 0
+    assert batch.features[0, :3].min() == 1
+    assert batch.feature_lengths.tolist() == [3, 5]
+    assert batch.tokens.tolist() == [[5, 6, SpecialToken.PAD], [5, 6, 5]]
+    assert batch.tokens.dtype == batch.token_lengths.dtype == batch.feature_lengths.dtype == torch.int64
+    assert batch.token_lengths.tolist() == [2, 3]
+    assert batch.frames == 8
+
+
+def test_a_batch_moves_with_all_its_tensors() -> None:
+    moved = collate([Sample("a", "A", torch.ones(3, 8), torch.tensor([5]))]).to(torch.device("meta"))
+    tensors = (moved.features, moved.feature_lengths, moved.tokens, moved.token_lengths)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.ids == ["a"]
+
+
+def test_the_loader_knows_its_tokenizer(tone_manifest: Manifest) -> None:
+    loader = tone_loader(tone_manifest)
+    assert isinstance(loader, AudioDataLoader)
+    assert loader.tokenizer is loader.dataset.tokenizer

@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from hypothesis import given, settings
+
+from sonosco_mlflow.data.processor import WINDOWS, AudioDataProcessor, read_audio
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
+
+
+def noise(samples: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(samples, generator=torch.Generator().manual_seed(seed)) - 0.5
+
+
+def test_features_are_the_logarithm_of_torchaudios_mel_spectrogram() -> None:
+    waveform = noise(5000)
+    transform = torchaudio.transforms.MelSpectrogram(
+        16000,
+        n_fft=512,
+        win_length=400,
+        hop_length=160,
+        n_mels=40,
+        center=False,
+        window_fn=torch.hann_window,
+        wkwargs={"periodic": False},
+    )
+    # A window of 400 samples stands in the middle of its 512.
+    expected = transform(torch.nn.functional.pad(waveform, (56, 56))).clamp_min(1e-10).log().T
+    found = AudioDataProcessor(n_mels=40).features(waveform)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("window", sorted(WINDOWS))
+def test_each_frame_covers_its_own_samples_only(window: str) -> None:
+    processor = AudioDataProcessor(n_mels=20, window=window)
+    waveform = noise(4000)
+    features = processor.features(waveform)
+    changed = waveform.clone()
+    changed[1600:2000] += 0.3
+    touched = (processor.features(changed) != features).any(dim=1).nonzero().flatten()
+    first, last = 1 + (1600 - 400) // 160, (2000 - 1) // 160
+    # A window's ends weigh little or nothing.
+    assert first <= touched[0] <= first + 1
+    assert last - 1 <= touched[-1] <= last
+
+
+def test_a_tone_is_loudest_in_its_band() -> None:
+    time = torch.arange(16000) / 16000
+    for frequency in (300.0, 3000.0):
+        features = AudioDataProcessor(n_mels=40).features(torch.sin(2 * torch.pi * frequency * time))
+        mel = 2595 * np.log10(1 + frequency / 700)
+        edges = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 42)
+        assert features.mean(0).argmax().item() == np.abs(edges[1:-1] - mel).argmin()
+
+
+@given(st.integers(1, 3000), st.sampled_from([(16000, 0.025, 0.01), (8000, 0.02, 0.0125), (11025, 0.032, 0.016)]))
+@settings(max_examples=60, deadline=None)
+def test_the_number_of_frames_is_known_beforehand(samples: int, sizes: tuple[int, float, float]) -> None:
+    rate, size, stride = sizes
+    processor = AudioDataProcessor(rate, 8, size, stride)
+    if processor.frames(samples) == 0:
+        with pytest.raises(UserError, match="shorter than one analysis window"):
+            processor.features(torch.zeros(samples))
+    else:
+        assert processor.features(torch.zeros(samples)).shape == (processor.frames(samples), 8)
+
+
+def test_silence_is_finite() -> None:
+    assert AudioDataProcessor().features(torch.zeros(1000)).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.flac", "PCM_24"), ("a.wav", "FLOAT")])
+def test_audio_is_read_as_mono_float(name: str, subtype: str, tmp_path: Path) -> None:
+    left, right = noise(800, 1).numpy(), noise(800, 2).numpy()
+    soundfile.write(tmp_path / name, np.stack([left, right], axis=1), 16000, subtype=subtype)
+    waveform = read_audio(tmp_path / name, 16000)
+    assert waveform.shape == (800,)
+    np.testing.assert_allclose(waveform.numpy(), (left + right) / 2, atol=2 / 2**15)
+
+
+def test_audio_at_another_rate_is_resampled(tmp_path: Path) -> None:
+    time = np.arange(8000) / 8000
+    soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * time), 8000)
+    waveform = read_audio(tmp_path / "a.wav", 16000).numpy()
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    np.testing.assert_allclose(waveform[200:-200], expected[200:-200], atol=0.01)
+
+
+def test_a_file_that_is_no_audio_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    with pytest.raises(UserError, match=r"a\.wav: cannot be read as audio"):
+        read_audio(path, 16000)
+    path.write_bytes(b"RIFF and then nothing")
+    with pytest.raises(UserError, match=r"a\.wav: cannot be read as audio"):
+        read_audio(path, 16000)
+    soundfile.write(path, np.zeros(100), 16000)
+    with pytest.raises(UserError, match=r"a\.wav: 100 samples are shorter than one analysis window of 400"):
+        AudioDataProcessor()(path)
+
+
+def test_an_unknown_window_is_refused() -> None:
+    with pytest.raises(UserError, match=r"features\.window is 'hanning', expected one of hann, hamming"):
+        AudioDataProcessor(window="hanning")
+
+
+def test_a_processor_comes_back_from_its_description() -> None:
+    processor = AudioDataProcessor(8000, 20, 0.02, 0.01, "povey")
+    again = Deserializer().build(Serializer().describe(processor))
+    assert torch.equal(again.features(noise(2000)), processor.features(noise(2000)))

@@ -1,0 +1,136 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from sonosco_mlflow.config import Config, flatten, valid_keys
+from sonosco_mlflow.errors import UserError
+
+# Scripts and people rely on these.
+FIXED_KEYS = [
+    *("model.name", "model.preset", "training.epochs", "training.seed", "training.accumulation", "optimizer.name"),
+    *("optimizer.lr", "data.corpus", "data.workers", "data.frames_per_batch", "features.n_mels"),
+    *("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best"),
+]
+
+
+def resolve(**overrides: str) -> Config:
+    return Config.resolve({}, {key.replace("__", "."): text for key, text in overrides.items()})
+
+
+def test_the_keys_that_people_rely_on_stand() -> None:
+    assert set(FIXED_KEYS) <= set(valid_keys())
+    assert Config().flat().keys() >= set(FIXED_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optimizer.lr", "3e-4", 3e-4),
+        ("optimizer.lr", "1", 1.0),
+        ("training.epochs", "2", 2),
+        ("training.gradient_clip", "null", None),
+        ("data.source", "corpus.tar.gz", "corpus.tar.gz"),
+        ("features.window", "povey", "povey"),
+        ("schedule.epochs", "[3, 5]", [3, 5]),
+        ("schedule.epochs", "[]", []),
+        ("model.settings.dropout", "0.3", 0.3),
+        ("model", "las", "las"),
+        ("tracking.run_name", "no", "no"),
+        ("tracking.run_name", "", ""),
+    ],
+)
+def test_an_override_is_read_as_yaml_1_2(key: str, text: str, value: object) -> None:
+    node: Any = Config.resolve({}, {key: text})
+    for part in (key if "." in key else "model.name").split("."):
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_an_override_wins_over_the_recipe_which_wins_over_the_default() -> None:
+    config = Config.resolve({"training": {"epochs": 7, "seed": 3}}, {"training.epochs": "9"})
+    assert (config.training.epochs, config.training.seed, config.training.accumulation) == (9, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("optimzer.lr", "1", "optimzer.lr: unknown key; did you mean 'optimizer.lr'"),
+        ("optimizer.lrr", "1", "optimizer.lrr: unknown key; did you mean 'optimizer.lr'"),
+        ("training.epochs", "two", "training.epochs: found 'two', expected integer"),
+        ("training.epochs", "2.5", "training.epochs: found 2.5, expected integer"),
+        ("training.epochs", "0", "training.epochs: found 0, expected greater than 0"),
+        ("training.epochs", "true", "training.epochs: found True, expected integer"),
+        ("optimizer.lr", "nan", "optimizer.lr: found 'nan', expected number"),
+        ("optimizer.lr", ".nan", "optimizer.lr: found nan, expected "),
+        ("optimizer.name", "adamm", "optimizer.name: found 'adamm', did you mean 'adam'"),
+        ("features.window", "hannn", "features.window: found 'hannn', did you mean 'hann'"),
+        ("checkpoint.keep_last", "1", "checkpoint.keep_last: found 1, expected greater than or equal to 2"),
+        ("training.epochs", "[", "training.epochs: the value '[' cannot be read"),
+        ("training", "3", "training: unknown key"),
+        ("schedule.epochs", "[1, x]", "schedule.epochs.1: found 'x', expected integer"),
+        ("training.epochs.x", "3", "training.epochs.x: unknown key; did you mean 'training.epochs'"),
+        ("model.settings", "3", "model.settings: found 3, expected dictionary"),
+        ("model.settings.a.b", "3", "model.settings.a: found {'b': 3}, expected a number, a text or a list"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_with_the_nearest_choice(key: str, text: str, message: str) -> None:
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        Config.resolve({}, {key: text})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optimizer:\n  lrr: 1\n", r"params\.yaml: optimizer\.lrr: unknown key; did you mean 'optimizer\.lr'"),
+        ("optimizr:\n  lr: 1\n", r"params\.yaml: optimizr: unknown key; did you mean 'optimizer'"),
+        ("training:\n  epochs: two\n", r"params\.yaml: training\.epochs: found 'two', expected integer"),
+        ("training: 3\n", r"params\.yaml: training: found 3, expected "),
+        ("training:\n\t- x\n", r"params\.yaml: not valid YAML"),
+        ("- a\n- b\n", r"params\.yaml: expected sections such as 'model:', found list"),
+        ("training:\n  epochs: 1\n  epochs: 2\n", r"params\.yaml: not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_file(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        Config.load(path)
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"params\.yaml: no recipe here"):
+        Config.load(tmp_path / "params.yaml")
+
+
+def test_a_recipe_comes_back_from_its_yaml(tmp_path: Path) -> None:
+    config = resolve(optimizer__lr="3e-4", schedule__epochs="[2, 4]", model__settings__dropout="0.5")
+    path = tmp_path / "params.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    again = Config.load(path)
+    assert again == config
+    assert again.digest == config.digest
+
+
+def test_an_empty_recipe_is_all_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.touch()
+    assert Config.load(path) == Config()
+
+
+def test_the_digest_follows_the_values() -> None:
+    assert Config().digest == resolve(training__epochs="10").digest
+    assert Config().digest != resolve(training__epochs="11").digest
+
+
+def test_nothing_changes_after_it_was_read() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.epochs = 3  # type: ignore[misc]
+
+
+def test_flattening_gives_dotted_keys_and_json_lists() -> None:
+    assert dict(flatten({"a": {"b": [1, "x"], "c": None}, "d": 0.5})) == {"a.b": '[1, "x"]', "a.c": None, "d": 0.5}

@@ -1,0 +1,44 @@
+"""The README's Python is run as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from toy import tone_corpus, tone_texts
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_store: str) -> Path:
+    """A folder with the manifests that the README's example reads."""
+    manifests = tmp_path / "data" / "manifests"
+    for split, count in {"train": 12, "dev": 4}.items():
+        tone_corpus(tmp_path / "data" / "corpus" / split, tone_texts(count)).write(manifests / f"{split}.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_example_trains_is_tracked_and_continues(project: Path) -> None:
+    script = project / "example.py"
+    script.write_text(python_blocks()[0] + "\nprint(experiment.run.id, trainer.progress.epoch)\n", encoding="utf-8")
+    command = [sys.executable, "-W", "error::FutureWarning", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(README.parent / "src"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+    run_id, epoch = result.stdout.split()[-2:]
+    assert epoch == "3"
+    run = mlflow.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert len(mlflow.MlflowClient().get_metric_history(run_id, "val_sentence_error_rate")) == 2
+    assert {"val_loss", "val_word_error_rate", "val_character_error_rate", "train_loss"} <= run.data.metrics.keys()
+    assert run.data.params["config.size"] == "64"
