@@ -98,8 +98,13 @@ def train(
     """Train the recipe: data, training, test, all of it in one MLflow run."""
     config = _recipe(context, settings, params)
     from sonosco_mlflow.runs import report, train
+    from sonosco_mlflow.training.interruption import Terminated
 
-    typer.echo(report(train(config, Path(), prepare=prepare, results=results)))
+    try:
+        typer.echo(report(train(config, Path(), prepare=prepare, results=results)))
+    except Terminated:
+        # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
+        sys.exit(143)
 
 
 @app.command()
@@ -138,10 +143,6 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         app(arguments, prog_name="sonosco")
-    except KeyboardInterrupt as interrupt:
-        from sonosco_mlflow.training.interruption import Terminated
-
-        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
     except Exception as error:
         _mark_failed(str(error))
         if debug or not isinstance(error, UserError):

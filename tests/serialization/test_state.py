@@ -98,7 +98,8 @@ def test_tied_tensors_are_stored_once_and_named_twice() -> None:
 
 def test_views_that_overlap_without_being_equal_are_kept_apart() -> None:
     base = torch.arange(6.0)
-    tree = {"base": base, "head": base[:3], "turned": base.reshape(2, 3).T}
+    square = torch.arange(4.0).reshape(2, 2)
+    tree = {"base": base, "head": base[:3], "square": square, "turned": square.T, "whole": square.int()}
     assert same(through_bytes(tree), tree)
 
 

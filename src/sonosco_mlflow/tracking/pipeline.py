@@ -38,6 +38,9 @@ def prepare_data(config: Config, project: Path) -> DataFolder:
     """
     if not (project / "dvc.yaml").exists():
         raise UserError(f"{project}: no dvc.yaml here; run in the project's folder")
+    source = config.data.source
+    if source is not None and "://" not in source and not (project / source).exists():
+        raise UserError(f"data.source: found '{source}', expected an archive or a folder; there is none of that name")
     workspace = project if _is_own_recipe(config, project) else _private_workspace(config, project)
     with locked(project / ".sonosco" / "locks" / f"data-{workspace.name}.lock"):
         _reproduce(workspace)
@@ -124,8 +127,16 @@ def _private_workspace(config: Config, project: Path) -> Path:
 def _reproduce(workspace: Path) -> None:
     # The stages name `python`: it must be the one that runs now, wherever DVC was called from.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    command = [sys.executable, "-m", "dvc", "repro", "--quiet", *DATA_STAGES]
-    result = subprocess.run(command, cwd=workspace, env={**os.environ, "PATH": path}, stdin=subprocess.DEVNULL, check=False)
+    command = [sys.executable, "-m", "dvc", "repro", *DATA_STAGES]
+    # DVC tells of its doings on stdout; errors, and the stages' own progress, come on stderr.
+    result = subprocess.run(
+        command,
+        cwd=workspace,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
     if result.returncode != 0:
         raise UserError(
             f"the data could not be brought up to date: `dvc repro {' '.join(DATA_STAGES)}` in {workspace} ended with "

@@ -23,7 +23,7 @@ class SoftWindow(Callback):
         self.epochs = epochs
 
     def on_train_begin(self, trainer: "ModelTrainer") -> None:
-        """Set the switch for the epoch in which training starts or continues.
+        """Refuse a model without soft window.
 
         Raises:
             UserError: the model has no such switch.
@@ -33,7 +33,6 @@ class SoftWindow(Callback):
                 f"SoftWindow needs a model with an attribute soft_window, {type(trainer.model).__name__} has none; "
                 "leave the callback out"
             )
-        self.on_epoch_begin(trainer)
 
     def on_epoch_begin(self, trainer: "ModelTrainer") -> None:
         """Set the switch for this epoch."""

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+from project import make_project
+
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.features import FeatureStore
+from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data, stage_outputs
+
+OUTPUTS = {"data/corpus", "data/manifests", "data/features"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("pipeline") / "project")
+
+
+def recipe(project: Path, **overrides: str) -> Config:
+    return Config.load(project / "params.yaml", {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+@pytest.fixture(scope="module")
+def own(project: Path) -> DataFolder:
+    return prepare_data(recipe(project), project)
+
+
+def test_the_projects_own_recipe_is_made_in_its_own_folder(project: Path, own: DataFolder) -> None:
+    assert own.root == project / "data"
+    assert stage_outputs(own).keys() == OUTPUTS
+    assert FeatureStore(own.store("test")).n_mels == 8
+    assert ready_data(recipe(project), project) == own
+
+
+def test_another_recipe_leaves_the_project_as_it_is(project: Path, own: DataFolder) -> None:
+    before = {name: (project / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+    features = {path: path.stat().st_mtime_ns for path in own.features.rglob("*.npy")}
+    other = prepare_data(recipe(project, features__n_mels="5"), project)
+    assert project / ".sonosco" in other.root.parents
+    assert FeatureStore(other.store("train")).n_mels == 5
+    assert {name: (project / name).read_bytes() for name in before} == before
+    assert {path: path.stat().st_mtime_ns for path in own.features.rglob("*.npy")} == features
+
+    # The manifests are the same, the features are not, and the digest of the data says so.
+    assert stage_outputs(other)["data/manifests"] == stage_outputs(own)["data/manifests"]
+    assert stage_outputs(other)["data/features"] != stage_outputs(own)["data/features"]
+    assert DataLineage.of_folder(other).digest != DataLineage.of_folder(own).digest
+
+
+def test_what_does_not_touch_the_data_shares_it(project: Path, own: DataFolder) -> None:
+    assert ready_data(recipe(project, optimizer__lr="0.1", training__seed="7", data__workers="2"), project) == own
+
+
+def test_a_failed_stage_is_told(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="could not be brought up to date"):
+        prepare_data(recipe(project, data__corpus="an4", data__source="src"), project)
+    assert "src" in capfd.readouterr().err
+
+
+def test_a_source_that_does_not_exist_is_named(project: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.source: found 'nowhere'"):
+        prepare_data(recipe(project, data__source="nowhere"), project)
+
+
+def test_without_a_pipeline_there_is_a_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no dvc\.yaml here"):
+        prepare_data(Config(), tmp_path)
