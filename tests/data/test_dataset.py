@@ -66,16 +66,6 @@ def test_augmentation_is_keyed_by_seed_epoch_and_utterance(tone_manifest: Manife
     assert torch.equal(plain.features, AudioDataset(tone_manifest, PROCESSOR, TOKENIZER)[0].features)
 
 
-def test_the_stored_features_are_never_changed(tone_manifest: Manifest, tmp_path: Path) -> None:
-    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
-    before = (tmp_path / "shard-00000.npy").read_bytes()
-    dataset = AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, store=store)
-    expected = dataset[0].features.clone()
-    dataset[0].features.zero_()
-    assert (tmp_path / "shard-00000.npy").read_bytes() == before
-    assert torch.equal(dataset[0].features, expected)
-
-
 def test_a_store_that_lacks_an_utterance_is_refused(tone_manifest: Manifest, tmp_path: Path) -> None:
     store = extract_features(tone_manifest[:18], PROCESSOR, tmp_path)
     with pytest.raises(UserError, match="2 utterances of the manifest have no features, the first is 'tone-018'"):

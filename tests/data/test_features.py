@@ -55,6 +55,14 @@ def test_no_shard_is_over_its_size(tone_manifest: Manifest, tmp_path: Path) -> N
     assert sum(sizes) > (len(sizes) - 1) * module.SHARD_BYTES / 2
 
 
+def test_what_a_reader_does_with_its_features_never_reaches_the_file(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    before = contents(tmp_path)
+    store.read(tone_manifest[0].id)[:] = 0.0
+    del store
+    assert contents(tmp_path) == before
+
+
 def test_half_precision_is_rounded_once(tone_manifest: Manifest, tmp_path: Path) -> None:
     store = extract_features(tone_manifest, PROCESSOR, tmp_path, dtype="float16")
     utterance = tone_manifest[0]

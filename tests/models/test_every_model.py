@@ -107,7 +107,7 @@ def test_decoding_changes_nothing(model: SpeechModel, batch: Batch) -> None:
 
 
 # Steps and learning rate; the soft window is on for the first half of the steps.
-RECIPES = {"deepspeech2": (80, 3e-3), "las": (80, 3e-3), "tds": (60, 3e-3)}
+RECIPES = {"deepspeech2": (40, 3e-3), "las": (60, 3e-3), "tds": (60, 3e-3)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
