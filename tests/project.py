@@ -1,4 +1,4 @@
-"""A whole project in a folder of its own: the repository's files, a corpus of tones, and a model that learns it in seconds."""
+"""A whole project in a folder of its own: the repository's files, a corpus of tones, a model that learns it in seconds."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ruamel.yaml import YAML
+
 from toy import tone_corpus, tone_texts
 
 REPOSITORY = Path(__file__).parents[1]

@@ -32,7 +32,14 @@ def sonosco(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | Non
 
 
 def test_a_key_is_set_either_way(monkeypatch: pytest.MonkeyPatch, asked: list[Config]) -> None:
-    arguments = ["--params", str(PROJECT / "params.yaml"), "--set", "optimizer.lr=3e-4", "--set", "augment.time_masks=0"]
+    arguments = [
+        "--params",
+        str(PROJECT / "params.yaml"),
+        "--set",
+        "optimizer.lr=3e-4",
+        "--set",
+        "augment.time_masks=0",
+    ]
     assert sonosco(monkeypatch, "train", *arguments, "--model", "las", "--training.epochs=2") == 0
     assert asked[0].optimizer.lr == 3e-4
     assert asked[0].augment.time_masks == 0

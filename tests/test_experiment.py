@@ -81,6 +81,7 @@ def test_a_finished_run_is_whole(tone_manifest: Manifest, tmp_path: Path) -> Non
     run = mlflow.get_run(experiment.run.id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"config.size": "1"}
+    assert "| val_loss |" in run.data.tags["mlflow.note.content"]
     assert {"code", "environment", "data", "checkpoints", "evaluation", "logs", "tensorboard"} <= artifacts(
         run.info.run_id
     )
@@ -164,4 +165,3 @@ def test_the_kept_model_transcribes_waveforms(tone_manifest: Manifest, tmp_path:
     assert len(texts) == 1
     assert set(texts[0]) <= set(ALPHABET)
     assert "evaluation/alignment.png" in artifacts(experiment.run.id, "evaluation")
-

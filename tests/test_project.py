@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.entities import Run
+
 from project import make_project, run
 
 MLFLOW = [sys.executable, "-m", "mlflow", "run"]
@@ -99,9 +100,7 @@ def test_an_edited_source_is_what_runs(project: Path, trained: Run) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("manager", ["uv", "virtualenv"])
-def test_an_edited_source_is_what_runs_in_an_environment_of_mlflows(
-    project: Path, trained: Run, manager: str
-) -> None:
+def test_an_edited_source_is_what_runs_in_an_environment_of_mlflows(project: Path, trained: Run, manager: str) -> None:
     source = project / "src" / "sonosco_mlflow" / "errors.py"
     before = source.read_text()
     for number in range(2):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+
 from toy import tone_corpus, tone_texts
 
 README = Path(__file__).parents[1] / "README.md"

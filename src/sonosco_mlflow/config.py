@@ -111,7 +111,7 @@ class Training(Section):
     validate_every_steps: Positive | None = None
     early_stopping_patience: Positive | None = None
     soft_window_epochs: NotNegative = 2
-    threads: Positive = 2
+    threads: Positive = 1
     device: str = "cpu"
 
 

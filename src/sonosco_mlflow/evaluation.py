@@ -31,9 +31,7 @@ class UtteranceResult:
 def utterance_results(validation: Validation) -> list[UtteranceResult]:
     """Return each utterance's texts and errors, in the order of the evaluation."""
     results = []
-    for name, reference, hypothesis in zip(
-        validation.ids, validation.references, validation.hypotheses, strict=True
-    ):
+    for name, reference, hypothesis in zip(validation.ids, validation.references, validation.hypotheses, strict=True):
         counts = word_errors([reference], [hypothesis])
         results.append(UtteranceResult(name, reference, hypothesis, counts.errors, counts.reference_length))
     return results
@@ -98,6 +96,12 @@ def transcripts(results: Sequence[UtteranceResult], count: int) -> str:
     return "\n".join(
         f"  {result.id}\n    reference   {result.reference}\n    hypothesis  {result.hypothesis}" for result in chosen
     )
+
+
+def metrics_table(metrics: Mapping[str, float]) -> str:
+    """Return metrics as a Markdown table."""
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    return f"| metric | value |\n|---|---|\n{rows}"
 
 
 def _png(figure: Figure) -> bytes:

@@ -28,6 +28,7 @@ from sonosco_mlflow.evaluation import (
     alignment_picture,
     learning_curves,
     mel_spectrogram,
+    metrics_table,
     utterance_results,
 )
 from sonosco_mlflow.models.base import SpeechModel
@@ -119,7 +120,8 @@ class Experiment:
         """
         self._trainer = trainer
         self._test_loader = test_loader
-        self._log_data(lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader))
+        self._lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
+        self._log_data(self._lineage)
         trainer.attach(self.history)
         trainer.attach(self.journal)
         if tensorboard:
@@ -196,8 +198,19 @@ class Experiment:
         if self._checkpoint is not None:
             weights = self._checkpoint.save(trainer) / "model.safetensors"
             self.run.set_tags({"sonosco.weights_digest": hashlib.sha256(weights.read_bytes()).hexdigest()})
+        self._describe(trainer)
         self._log_results(trainer)
         self._log_model(trainer)
+
+    def _describe(self, trainer: ModelTrainer) -> None:
+        validations = [result.metrics for result in (trainer.validation, self.test) if result is not None]
+        metrics = {name: value for result in validations for name, value in result.items()}
+        progress = trainer.progress
+        self.run.describe(
+            f"{type(trainer.model).__name__}, {progress.step} steps in {progress.epoch} epochs.\n\n"
+            f"{metrics_table(metrics)}\n{self._lineage.to_markdown()}\n"
+            f"Derive the test numbers again: `sonosco evaluate {self.run.id}`\n"
+        )
 
     def _log_results(self, trainer: ModelTrainer) -> None:
         for name, validation in (("validation", trainer.validation), ("test", self.test)):

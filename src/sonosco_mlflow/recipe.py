@@ -109,9 +109,7 @@ def _optimizer(recipe: Optimizer, model: SpeechModel) -> torch.optim.Optimizer:
         case "adam":
             return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
         case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-            )
+            return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def _callbacks(config: Config, model: SpeechModel) -> list[Callback]:

@@ -11,7 +11,13 @@ from pathlib import Path
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.evaluation import UtteranceResult, learning_curves, transcripts, utterance_results
+from sonosco_mlflow.evaluation import (
+    UtteranceResult,
+    learning_curves,
+    metrics_table,
+    transcripts,
+    utterance_results,
+)
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
 from sonosco_mlflow.models import model_settings
@@ -139,7 +145,7 @@ def evaluate(
             if recorded:
                 equal = all(validation.metrics[key] == value for key, value in recorded.items())
                 run.set_tags({"sonosco.reproduced": str(equal).lower()})
-            run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{_metrics_table(validation.metrics)}")
+            run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{metrics_table(validation.metrics)}")
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)
         _write_json(results / "metrics.json", validation.metrics)
@@ -216,8 +222,3 @@ def _write_train_results(results: Path, experiment: Experiment, metrics: dict[st
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _metrics_table(metrics: dict[str, float]) -> str:
-    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
-    return f"| metric | value |\n|---|---|\n{rows}"

@@ -9,7 +9,6 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.journal import Row
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, connect, download, find_run, mark_launched_run_failed
 
-
 pytestmark = pytest.mark.usefixtures("tracking_store")
 
 

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from project import make_project
 
+from project import make_project
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.data.stages import DataFolder

@@ -6,7 +6,7 @@ the same bytes, and reading the bytes gives the same tree: NaN, infinities, inte
 
 >>> documents, tensors = split_tree({"lr": float("nan"), "moments": {0: torch.zeros(2)}})
 >>> documents["lr"], sorted(tensors)
-({'$float': 'nan'}, ['moments/0'])
+({'$float': 'nan'}, ['moments/[0]'])
 """
 
 import json

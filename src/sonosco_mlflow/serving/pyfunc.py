@@ -15,7 +15,6 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 
-
 with warnings.catch_warnings():
     # MLflow would take annotations of ``predict`` for a schema, and asks for them even where a signature stands.
     warnings.filterwarnings("ignore", message=".*Add type hints", category=UserWarning)

@@ -53,9 +53,7 @@ class DataLineage:
     ) -> Self:
         """Describe the data of loaders, of which nothing but their manifests is known."""
         loaders = {"train": train, "dev": validation, "test": test}
-        manifests = {
-            split: loader.dataset.manifest for split, loader in loaders.items() if loader is not None
-        }
+        manifests = {split: loader.dataset.manifest for split, loader in loaders.items() if loader is not None}
         tokenizers = [loader.tokenizer for loader in loaders.values() if loader is not None]
         return cls(
             manifests={split: manifest.digest for split, manifest in manifests.items()},

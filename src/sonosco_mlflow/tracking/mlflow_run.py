@@ -130,16 +130,12 @@ class TrackedRun:
 
     def log_parameters(self, parameters: Mapping[str, object]) -> None:
         """Log the recipe's keys, each under ``config.<key>``."""
-        logged = [
-            Param(PARAMETER_PREFIX + key, str(value)[:LONGEST_PARAMETER]) for key, value in parameters.items()
-        ]
+        logged = [Param(PARAMETER_PREFIX + key, str(value)[:LONGEST_PARAMETER]) for key, value in parameters.items()]
         self._client.log_batch(self.id, params=logged)
 
     def log_rows(self, rows: list[Row]) -> None:
         """Log rows of metrics with their own timestamps; a row that is sent again changes nothing."""
-        metrics = [
-            Metric(name, value, row.timestamp, row.step) for row in rows for name, value in row.metrics.items()
-        ]
+        metrics = [Metric(name, value, row.timestamp, row.step) for row in rows for name, value in row.metrics.items()]
         for first in range(0, len(metrics), LARGEST_BATCH):
             self._client.log_batch(self.id, metrics=metrics[first : first + LARGEST_BATCH])
 
@@ -247,8 +243,6 @@ def download(run_id: str, artifact: str, folder: Path) -> Path:
         UserError: the run has no such artifact.
     """
     try:
-        return Path(
-            mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{artifact}", dst_path=str(folder))
-        )
+        return Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{artifact}", dst_path=str(folder)))
     except (MlflowException, OSError) as error:
         raise UserError(f"run {run_id} has no artifact '{artifact}': {error}") from error

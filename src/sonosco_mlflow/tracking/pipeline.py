@@ -74,11 +74,7 @@ def stage_outputs(folder: DataFolder) -> dict[str, str]:
     if not lock.exists():
         return {}
     stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-    return {
-        output["path"]: output["md5"]
-        for stage in DATA_STAGES
-        for output in stages.get(stage, {}).get("outs", [])
-    }
+    return {output["path"]: output["md5"] for stage in DATA_STAGES for output in stages.get(stage, {}).get("outs", [])}
 
 
 def _is_own_recipe(config: Config, project: Path) -> bool:
@@ -142,4 +138,3 @@ def _reproduce(workspace: Path) -> None:
             f"the data could not be brought up to date: `dvc repro {' '.join(DATA_STAGES)}` in {workspace} ended with "
             f"status {result.returncode}; its message stands above"
         )
-
