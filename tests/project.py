@@ -1,4 +1,4 @@
-"""A whole project in a folder of its own: the repository's files, a corpus of tones, a model that learns it in seconds."""
+"""A whole project in a folder of its own: the repository's files, a corpus of tones, a model that learns it fast."""
 
 import os
 import subprocess
@@ -39,8 +39,11 @@ def make_project(folder: Path, utterances: int = 30) -> Path:
     for utterance in tone_corpus(folder / "tones", tone_texts(utterances)):
         (folder / "tones" / f"{utterance.id}.txt").write_text(utterance.text)
     (folder / "tones.jsonl").unlink(missing_ok=True)
+    recipe = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+    for section, keys in RECIPE.items():
+        recipe[section].update(keys)
     with (folder / "params.yaml").open("w") as file:
-        YAML().dump(RECIPE, file)
+        YAML().dump(recipe, file)
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "first"]):
         run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], folder)
     return folder

@@ -139,7 +139,7 @@ def test_dvc_runs_what_changed_and_brings_old_runs_back(tmp_path: Path, tracking
     assert "val_word_error_rate" in run([*DVC, "metrics", "show"], project).stdout
     assert run([*DVC, "plots", "show"], project).stdout.strip().endswith(".html")
 
-    (project / "params.yaml").write_text(params + "optimizer:\n  lr: 0.002\n")
+    (project / "params.yaml").write_text(params.replace("lr: 0.002", "lr: 0.003"))
     assert "optimizer.lr" in run([*DVC, "params", "diff"], project).stdout
     second_output = run([*DVC, "repro"], project).stdout
     assert second_output.count("didn't change, skipping") == 3

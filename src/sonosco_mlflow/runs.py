@@ -74,6 +74,7 @@ def train(config: Config, project: Path, *, prepare: bool = True, results: Path 
         experiment.start()
     except KeyboardInterrupt:
         experiment.stop()
+        print(f"stopped at step {trainer.progress.step}; run {experiment.run.id} keeps the whole state")
         raise
     assert trainer.validation is not None
     assert experiment.test is not None

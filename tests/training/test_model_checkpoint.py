@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization import durable
@@ -232,3 +234,26 @@ def test_digests_are_written_beside_the_state(tone_manifest: Manifest, checkpoin
     callback.digests = {"config": "ab12"}
     new_trainer(tone_manifest, callback, epochs=1).start_training()
     assert read_checkpoint(checkpoints_in(checkpoints)[0]).digests == {"config": "ab12"}
+
+
+def test_a_model_that_cannot_be_described_is_given_anew(tone_manifest: Manifest, checkpoints: Path) -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+    trainer = ModelTrainer(
+        model(), mean_loss, train_loader=tone_loader(tone_manifest), callbacks=[ModelCheckpoint(checkpoints)], epochs=1
+    )
+    with pytest.warns(UserWarning, match="deserialize needs the model itself"):
+        trainer.start_training()
+    deserializer = Deserializer(trusted=[__name__, "toy"])
+    with pytest.raises(UserError, match="'model' must be given"):
+        deserializer.deserialize(checkpoints, train_loader=tone_loader(tone_manifest))
+    restored = deserializer.deserialize(checkpoints, train_loader=tone_loader(tone_manifest), model=model())
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, restored.model.state_dict()[name])
+
+
+def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(batch.features).square().mean()
+    return loss

@@ -29,8 +29,8 @@ def log_recognizer(recognizer: SpeechRecognizer, scratch: Path) -> None:
     """
     recognizer.save(scratch / "recognizer")
     with warnings.catch_warnings():
-        # It advises an input example even where the signature is given, and warns of its own classes' annotations.
-        warnings.filterwarnings("ignore", message=".*(input example|AnyType).*", category=UserWarning)
+        # It advises examples and annotations even where the signature is given, and warns of its own classes.
+        warnings.filterwarnings("ignore", message=".*(input example|type hint).*", category=UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
             python_model=str(_PACKAGE / "serving" / "pyfunc.py"),

@@ -6,7 +6,6 @@ MLflow runs this file when it loads the model::
     model.predict(waveform)          # [samples] or [batch, samples] float32 at the model's sample rate
 """
 
-import warnings
 from pathlib import Path
 
 import mlflow
@@ -15,20 +14,20 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 
-with warnings.catch_warnings():
+
+class RecognizerModel(PythonModel):
+    """Transcribes waveforms with the recognizer among the model's artifacts."""
+
     # MLflow would take annotations of ``predict`` for a schema, and asks for them even where a signature stands.
-    warnings.filterwarnings("ignore", message=".*Add type hints", category=UserWarning)
+    _skip_type_hint_validation = True
 
-    class RecognizerModel(PythonModel):
-        """Transcribes waveforms with the recognizer among the model's artifacts."""
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the recognizer."""
+        self.recognizer = SpeechRecognizer.load(Path(context.artifacts["recognizer"]))
 
-        def load_context(self, context: PythonModelContext) -> None:
-            """Load the recognizer."""
-            self.recognizer = SpeechRecognizer.load(Path(context.artifacts["recognizer"]))
-
-        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-            """Return the text of a waveform ``[samples]``, or of each row of ``[batch, samples]``, as an array."""
-            return np.array(self.recognizer.transcribe(list(np.atleast_2d(model_input))))
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Return the text of a waveform ``[samples]``, or of each row of ``[batch, samples]``, as an array."""
+        return np.array(self.recognizer.transcribe(list(np.atleast_2d(model_input))))
 
 
 mlflow.models.set_model(RecognizerModel())

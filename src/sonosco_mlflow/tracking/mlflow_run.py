@@ -59,6 +59,8 @@ def _quieten() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow.store", "mlflow.tracking", "mlflow.system_metrics", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns where there is no pip, as in an environment of uv's.
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
 
 
 def _store_lock(uri: str) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.determinism import generator_states, seed_for, set_generator_states
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.serializer import Serializer, serializable
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.inspection import undisturbed
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
@@ -63,7 +63,8 @@ class ModelTrainer:
     """Trains a model, and can be stopped and continued at any step.
 
     Args:
-        model: any module; one without ``decode`` needs a ``decoder`` if there are metrics.
+        model: any module; one without ``decode`` needs a ``decoder`` if there are metrics. One whose constructor's
+            parameters cannot be known (``nn.Sequential``, a class without ``@serializable``) is given anew.
         loss: ``loss(model, batch)``, a scalar that is a mean over the batch's utterances.
         optimizer: over the model's parameters.
         train_loader: batches to train on. Loaders are not kept with the trainer: they are given anew.
@@ -78,8 +79,6 @@ class ModelTrainer:
         validate_every_steps: validate also every so many optimizer steps, besides the end of each epoch.
         device: where the model trains.
     """
-
-    external_parameters: ClassVar = ("train_loader", "val_loader")
 
     def __init__(
         self,
@@ -294,6 +293,15 @@ class ModelTrainer:
         return None
 
     # ------------------------------------------------------------------ state
+
+    @property
+    def external_parameters(self) -> tuple[str, ...]:
+        """What is not kept with the trainer but given anew: the loaders, and a model that cannot be described."""
+        try:
+            Serializer().describe(self.model)
+        except UserError:
+            return ("train_loader", "val_loader", "model")
+        return ("train_loader", "val_loader")
 
     def serialized_parameters(self) -> dict[str, object]:
         """Return the constructor's parameters as they now are, the optimizer as its recipe."""

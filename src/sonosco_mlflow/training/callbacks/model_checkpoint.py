@@ -5,6 +5,7 @@ it keeps and removes the same directories as one that was never stopped.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,12 @@ class ModelCheckpoint(Callback):
             )
         # Refused now rather than at the first checkpoint, hours later.
         self.serializer.describe(trainer)
+        if "model" in trainer.external_parameters:
+            warnings.warn(
+                f"the parameters of {type(trainer.model).__name__} are not known: checkpoints keep its state, but "
+                "deserialize needs the model itself as model=...; @serializable on its class makes it known",
+                stacklevel=2,
+            )
         remove_leftovers(self.directory)
         self._remove_dropped()
         self._saved_at = time.monotonic()
