@@ -14,7 +14,7 @@ from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.data.processor import AudioDataProcessor
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.text import CharacterTokenizer
 
 SAMPLE_RATE = 16000

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from sonosco_mlflow.data.processor import AudioDataProcessor
     from sonosco_mlflow.experiment import Experiment
     from sonosco_mlflow.models import build_model
-    from sonosco_mlflow.serialization.serializer import Serializer, serializable
+    from sonosco_mlflow.serialization.parameters import serializable
+    from sonosco_mlflow.serialization.serializer import Serializer
     from sonosco_mlflow.text import CharacterTokenizer
     from sonosco_mlflow.tracking.checkpoints import Deserializer
     from sonosco_mlflow.tracking.tensorboard import TensorBoard
@@ -47,7 +48,7 @@ _HOMES = {
     "SpecAugment": "data.augment",
     "TensorBoard": "tracking.tensorboard",
     "build_model": "models",
-    "serializable": "serialization.serializer",
+    "serializable": "serialization.parameters",
 }
 
 __all__ = [

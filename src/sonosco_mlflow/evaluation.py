@@ -12,7 +12,7 @@ from sonosco_mlflow.data.loader import collate
 from sonosco_mlflow.metrics import word_errors
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.text import SpecialToken, Tokenizer
-from sonosco_mlflow.training.trainer import Validation
+from sonosco_mlflow.training.validation import Validation
 
 Curve = tuple[Sequence[int], Sequence[float]]
 

@@ -43,7 +43,8 @@ from sonosco_mlflow.tracking.provenance import describe_environment, snapshot_co
 from sonosco_mlflow.tracking.tensorboard import TensorBoard
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
-from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+from sonosco_mlflow.training.trainer import ModelTrainer
+from sonosco_mlflow.training.validation import Validation
 
 
 class Experiment:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.evaluation import (
     UtteranceResult,
@@ -35,7 +36,7 @@ from sonosco_mlflow.tracking.mlflow_run import (
 )
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
-from sonosco_mlflow.training.trainer import ModelTrainer
+from sonosco_mlflow.training.validation import evaluate as evaluate_model
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,13 @@ def evaluate(
             _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
             recognizer = load_recognizer(run_id, Path(scratch))
             loader = build_loader(config, folder, split)
-            rates = [word_error_rate, character_error_rate]
-            validation = ModelTrainer(recognizer.model, val_loader=loader, metrics=rates).evaluate(loader, f"{split}_")
+            validation = evaluate_model(
+                recognizer.model,
+                loader,
+                f"{split}_",
+                decoder=TextDecoder(loader.tokenizer),
+                metrics=[word_error_rate, character_error_rate],
+            )
             run.log_metrics(validation.metrics, step=0)
             table = utterance_results(validation)
             run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")

@@ -14,7 +14,8 @@ from torch import nn
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import read_checkpoint
-from sonosco_mlflow.serialization.serializer import Deserializer, Serializer, serializable
+from sonosco_mlflow.serialization.parameters import serializable
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.serialization.state import json_bytes, tensor_bytes
 from sonosco_mlflow.text import CharacterTokenizer, SpecialToken
 

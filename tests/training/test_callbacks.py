@@ -34,7 +34,8 @@ from sonosco_mlflow.training.callbacks import (
 from sonosco_mlflow.training.callbacks.gradient_norms import layer_gradient_norms
 from sonosco_mlflow.training.callbacks.progress_bar import duration_text
 from sonosco_mlflow.training.callbacks.text_comparison import comparison_table
-from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+from sonosco_mlflow.training.trainer import ModelTrainer
+from sonosco_mlflow.training.validation import Validation
 from toy import ToyModel, tone_loader
 
 

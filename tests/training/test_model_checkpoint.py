@@ -13,7 +13,8 @@ from sonosco_mlflow.serialization import durable
 from sonosco_mlflow.serialization.checkpoint import BrokenCheckpointError, checkpoints_in, read_checkpoint
 from sonosco_mlflow.serialization.serializer import Deserializer
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping, History, ModelCheckpoint
-from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+from sonosco_mlflow.training.trainer import ModelTrainer
+from sonosco_mlflow.training.validation import Validation
 from toy import ToyModel, tone_loader
 
 BATCHES = 4

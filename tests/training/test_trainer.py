@@ -21,7 +21,8 @@ from sonosco_mlflow.training.callbacks import (
     LinearWarmUp,
     PlateauLearningRateReduction,
 )
-from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+from sonosco_mlflow.training.trainer import ModelTrainer
+from sonosco_mlflow.training.validation import Validation
 from toy import ToyModel, ToyOutput, tone_loader
 
 EPOCHS = 2

@@ -26,7 +26,7 @@ from torch import Tensor
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.data.processor import AudioDataProcessor
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 
 SHARD_BYTES = 64 * 1024 * 1024
 Progress = Callable[[int, int], None]

@@ -16,7 +16,7 @@ import torchaudio
 from torch import Tensor
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 
 WINDOWS: Mapping[str, Callable[[int], Tensor]] = {
     "hann": partial(torch.hann_window, periodic=False),

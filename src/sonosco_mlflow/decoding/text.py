@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from sonosco_mlflow.data.loader import Batch
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.text import Tokenizer
 
 

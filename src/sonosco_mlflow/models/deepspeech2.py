@@ -16,7 +16,7 @@ from sonosco_mlflow.decoding.greedy import ctc_greedy, ctc_log_likelihood
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
 from sonosco_mlflow.models.layers import CELLS, MaskedBatchNorm, Recurrent, subsampled, valid_frames
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 
 
 class Convolution(nn.Module):

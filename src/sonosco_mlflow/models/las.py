@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sonosco_mlflow.decoding.greedy import State
 from sonosco_mlflow.models.attention import AttentionModel, Memory, attend
 from sonosco_mlflow.models.layers import Recurrent, join_neighbours, subsampled
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 
 
 class Listener(nn.Module):

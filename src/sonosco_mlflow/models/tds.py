@@ -19,7 +19,7 @@ from sonosco_mlflow.decoding.greedy import State
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.attention import AttentionModel, Memory, attend
 from sonosco_mlflow.models.layers import subsampled, valid_frames
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.text import SpecialToken
 
 

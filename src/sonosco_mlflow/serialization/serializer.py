@@ -1,6 +1,6 @@
 """Serializer and Deserializer: objects as the classes and parameters that make them again.
 
-A class marked :func:`serializable` remembers the parameters that its constructor was given. The Serializer writes
+A class marked ``@serializable`` remembers the parameters that its constructor was given. The Serializer writes
 them down, nested, as JSON, and the Deserializer builds the same object from that, without any code of the user's:
 
 >>> @serializable
@@ -12,102 +12,24 @@ them down, nested, as JSON, and the Deserializer builds the same object from tha
 5
 
 Nothing is pickled. A class or function is named as ``module:qualified.name``, and only these are ever built or
-imported: what is registered by :func:`serializable` (subclasses of registered bases included), this package,
+imported: what is marked ``@serializable`` (callbacks are by themselves), this package,
 ``torch.nn`` and ``torch.optim``, the script that is running, and modules that the reader trusts by name.
 """
 
-import dataclasses
 import functools
 import importlib
-import inspect
 import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.parameters import constructor_parameters, qualified_name, registered
 
-_PARAMETERS = "_serializable_parameters"
-_REGISTRY: dict[str, object] = {}
 _TRUSTED = ("sonosco_mlflow", "torch.nn", "torch.optim", "__main__")
-
-T = TypeVar("T", bound=Callable[..., Any])
-
-
-def qualified_name(target: Any) -> str:
-    """Return ``module:qualified.name`` of a class or function."""
-    return f"{target.__module__}:{target.__qualname__}"
-
-
-def serializable(target: T) -> T:
-    """Mark a class (or a function that is passed as a parameter) as one that may be written down and built again.
-
-    Constructor parameters are remembered as given, defaults included. A class that is built from something else than
-    what it was given may define ``serialized_parameters(self) -> dict[str, object]`` to say what to write instead.
-    """
-    _REGISTRY[qualified_name(target)] = target
-    # A dataclass says itself what it was given, and its defaults may be factories.
-    if isinstance(target, type) and "__dataclass_fields__" not in vars(target):
-        _capture_parameters(target)
-    return target
-
-
-def _capture_parameters(target: type[Any]) -> None:
-    original = target.__init__
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        # The outermost constructor runs first; a base's constructor must not overwrite what it was given.
-        if _PARAMETERS not in self.__dict__:
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            object.__setattr__(self, _PARAMETERS, _flat_arguments(signature, bound))
-        original(self, *args, **kwargs)
-
-    target.__init__ = __init__
-
-
-def _flat_arguments(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
-    arguments = dict(list(bound.arguments.items())[1:])
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name))
-        elif parameter.kind is parameter.VAR_POSITIONAL and not arguments.pop(name, ()):
-            continue
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            raise UserError(f"a serializable constructor takes no *{name}; give it a list parameter instead")
-    return arguments
-
-
-def constructor_parameters(value: Any) -> dict[str, Any]:
-    """Return the parameters that make ``value`` again.
-
-    A class that is not marked (torch's own, say) is described by its attributes of the parameters' names, where it has
-    them all.
-
-    Raises:
-        UserError: they cannot be known; the message says what to do.
-    """
-    if hasattr(value, "serialized_parameters"):
-        return dict(value.serialized_parameters())
-    if _PARAMETERS in getattr(value, "__dict__", {}):
-        return dict(getattr(value, _PARAMETERS))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-    parameters = {}
-    for name, parameter in inspect.signature(type(value)).parameters.items():
-        if hasattr(value, name):
-            parameters[name] = getattr(value, name)
-        elif parameter.default is inspect.Parameter.empty:
-            raise UserError(
-                f"{qualified_name(type(value))} cannot be serialised: "
-                f"the value of its parameter '{name}' is not known. Mark the class with @serializable"
-            )
-    return parameters
 
 
 class Serializer:
@@ -301,8 +223,9 @@ class Deserializer:
         Raises:
             UserError: it is neither registered nor in a trusted module, or it does not exist.
         """
-        if name in _REGISTRY:
-            return _REGISTRY[name]
+        known = registered(name)
+        if known is not None:
+            return known
         module_name, _, qualified = name.partition(":")
         if not any(module_name == root or module_name.startswith(root + ".") for root in self.trusted):
             raise UserError(

@@ -22,7 +22,8 @@ from sonosco_mlflow.data.features import FeatureStatistics
 from sonosco_mlflow.data.loader import collate
 from sonosco_mlflow.data.processor import AudioDataProcessor, read_audio
 from sonosco_mlflow.models.base import SpeechModel
-from sonosco_mlflow.serialization.serializer import Deserializer, Serializer, serializable
+from sonosco_mlflow.serialization.parameters import serializable
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
 from sonosco_mlflow.text import Tokenizer
 

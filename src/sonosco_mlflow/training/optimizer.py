@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 
 
 @serializable

@@ -8,32 +8,24 @@ safe point, and continues on the same path wherever it is loaded.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.determinism import generator_states, seed_for, set_generator_states
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
-from sonosco_mlflow.serialization.serializer import Serializer, serializable
+from sonosco_mlflow.serialization.parameters import serializable
+from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.training.callbacks.base import Callback
-from sonosco_mlflow.training.inspection import undisturbed
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
 from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
-
-Loss = Callable[[Any, Batch], Tensor]
-Decoder = Callable[[Any, Batch], list[str]]
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the loss that the model itself computes: ``model(batch).loss``, or the tensor that it returns."""
-    output = model(batch)
-    return cast(Tensor, output if isinstance(output, Tensor) else output.loss)
+from sonosco_mlflow.training.validation import Decoder, Loss, Validation, evaluate, model_loss
 
 
 @dataclass
@@ -46,16 +38,6 @@ class Progress:
     step: int = 0
     utterances: int = 0
     frames: int = 0
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What an evaluation gave: metrics under their names, and every utterance's texts in the loader's order."""
-
-    metrics: dict[str, float]
-    ids: list[str]
-    references: list[str]
-    hypotheses: list[str]
 
 
 @serializable
@@ -171,21 +153,7 @@ class ModelTrainer:
 
     def evaluate(self, loader: AudioDataLoader, prefix: str) -> Validation:
         """Return loss and metrics of ``loader``, named ``prefix + name``; no generator and no mode is left changed."""
-        total, ids, references, hypotheses = 0.0, [], [], []
-        with undisturbed(self.model):
-            for batch in loader:
-                batch = batch.to(self.device)
-                total += float(self.loss(self.model, batch)) * len(batch)
-                ids += batch.ids
-                references += batch.texts
-                if self.decoder is not None:
-                    hypotheses += self.decoder(self.model, batch)
-        if not ids:
-            raise UserError(f"there is no utterance to evaluate for '{prefix}loss'; the loader's manifest is empty")
-        metrics = {f"{prefix}loss": total / len(ids)}
-        for metric in self.metrics:
-            metrics[f"{prefix}{_name(metric)}"] = float(metric(references, hypotheses))
-        return Validation(metrics, ids, references, hypotheses)
+        return evaluate(self.model, loader, prefix, loss=self.loss, decoder=self.decoder, metrics=self.metrics)
 
     # ------------------------------------------------------------------ the loop
 
@@ -371,7 +339,3 @@ class ModelTrainer:
             same = sum(other == name or other.startswith(name + "-") for other in named)
             named[f"{name}-{same + 1}" if same else name] = callback
         return named
-
-
-def _name(metric: Metric) -> str:
-    return str(getattr(metric, "__name__", type(metric).__name__))

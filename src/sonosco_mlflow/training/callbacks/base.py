@@ -9,10 +9,11 @@ A callback is any subclass that overrides some of the events below; its construc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sonosco_mlflow.serialization.serializer import serializable
+from sonosco_mlflow.serialization.parameters import serializable
 
 if TYPE_CHECKING:
-    from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+    from sonosco_mlflow.training.trainer import ModelTrainer
+    from sonosco_mlflow.training.validation import Validation
 
 # Metrics that a repeated run does not repeat: they depend on the machine and its load, and are no state.
 TIMINGS = frozenset({"utterances_per_second", "epoch_seconds"})

@@ -18,7 +18,8 @@ from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.monitor import monitored
 
 if TYPE_CHECKING:
-    from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+    from sonosco_mlflow.training.trainer import ModelTrainer
+    from sonosco_mlflow.training.validation import Validation
 
 
 class ModelCheckpoint(Callback):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sonosco_mlflow.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from sonosco_mlflow.training.trainer import Validation
+    from sonosco_mlflow.training.validation import Validation
 
 
 def monitored(validation: "Validation", name: str) -> float:

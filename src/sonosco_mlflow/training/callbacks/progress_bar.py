@@ -11,7 +11,8 @@ from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.epoch_time import EpochTimeEstimate
 
 if TYPE_CHECKING:
-    from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+    from sonosco_mlflow.training.trainer import ModelTrainer
+    from sonosco_mlflow.training.validation import Validation
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_FRAMES = 0.2

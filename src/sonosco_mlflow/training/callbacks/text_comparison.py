@@ -9,7 +9,8 @@ from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.inspection import undisturbed
 
 if TYPE_CHECKING:
-    from sonosco_mlflow.training.trainer import ModelTrainer, Validation
+    from sonosco_mlflow.training.trainer import ModelTrainer
+    from sonosco_mlflow.training.validation import Validation
 
 
 def comparison_table(ids: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> str:
