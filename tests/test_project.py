@@ -60,6 +60,7 @@ def test_mlflow_run_trains_in_the_run_that_it_made(trained: Run) -> None:
     assert {"test_word_error_rate", "test_character_error_rate", "val_loss"} <= trained.data.metrics.keys()
     assert {"sonosco.code_digest", "sonosco.commit", "sonosco.config_digest", "sonosco.data_digest"} <= tags.keys()
     assert tags["sonosco.commit"] == tags["mlflow.source.git.commit"]
+    assert tags["sonosco.dirty"] == "false"
 
 
 def test_the_runs_of_data_and_evaluation_belong_to_the_training(project: Path, trained: Run) -> None:

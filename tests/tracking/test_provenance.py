@@ -63,6 +63,16 @@ def test_the_digest_depends_on_contents_names_and_modes_and_on_nothing_else(repo
     assert snapshot_code(repository).digest not in {first.digest, changed.digest}
 
 
+def test_other_parameters_and_other_data_are_no_other_code(repository: Path) -> None:
+    before = snapshot_code(repository)
+    (repository / "params.yaml").write_text("training: {epochs: 2}\n")
+    (repository / "dvc.lock").write_text("stages: {}\n")
+    after = snapshot_code(repository)
+    assert after.digest == before.digest
+    assert not after.dirty
+    assert {"params.yaml", "dvc.lock"} <= set(names(after.archive))
+
+
 def test_a_file_deleted_but_not_committed_is_left_out(repository: Path) -> None:
     (repository / "tracked.py").unlink()
     snapshot = snapshot_code(repository)

@@ -19,6 +19,8 @@ from urllib.parse import urlsplit, urlunsplit
 import git
 
 LARGEST_FILE = 10 * 1024 * 1024
+# The recipe and the data have digests of their own: a run with other parameters does not run other code.
+NOT_CODE = frozenset({"params.yaml", "dvc.lock"})
 # A fixed date: the archive's bytes are to depend on the files alone.
 _ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -29,12 +31,12 @@ class CodeSnapshot:
 
     Attributes:
         archive: bytes of a zip of all files; equal files give equal bytes.
-        digest: sha256 over names, modes and contents.
+        digest: sha256 over names, modes and contents, save the recipe's and ``dvc.lock``'s.
         patch: the difference of tracked files to the commit, for ``git apply``.
         commit: hexadecimal id, or None outside git or before the first commit.
         branch: its name, or None when detached or outside git.
         remote: address of ``origin`` without credentials, or None.
-        dirty: whether the files differ from the commit, untracked ones included.
+        dirty: whether code differs from the commit, untracked files included.
         left_out: files that are too large for the archive, with their sha256.
     """
 
@@ -82,9 +84,15 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
             commit=repository.head.commit.hexsha if born else None,
             branch=None if repository.head.is_detached else repository.active_branch.name,
             remote=_without_credentials(repository.remotes.origin.url) if "origin" in repository.remotes else None,
-            dirty=not born or repository.is_dirty(untracked_files=True),
+            dirty=not born or _is_changed(repository),
             left_out=left_out,
         )
+
+
+def _is_changed(repository: git.Repo) -> bool:
+    status = repository.git.status("-z", "--porcelain", "--no-renames", strip_newline_in_stdout=False)
+    changed = {entry[3:] for entry in status.split("\0") if entry}
+    return bool(changed - NOT_CODE)
 
 
 def _archive(root: Path, names: list[str]) -> tuple[bytes, str, dict[str, str]]:
@@ -101,7 +109,8 @@ def _archive(root: Path, names: list[str]) -> tuple[bytes, str, dict[str, str]]:
             content_digest = hashlib.sha256(content).hexdigest()
             # Of the mode only the kind of file and the executable bit count, as in git.
             kind = mode & 0o170000 | (0o755 if mode & 0o100 else 0o644)
-            digest.update(json.dumps([name, kind, content_digest]).encode())
+            if name not in NOT_CODE:
+                digest.update(json.dumps([name, kind, content_digest]).encode())
             if len(content) > LARGEST_FILE:
                 left_out[name] = content_digest
                 continue
