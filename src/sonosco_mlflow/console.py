@@ -17,14 +17,19 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class _Tee:
-    """A stream that writes to another one and to a file."""
+    """A stream that writes to another one, and to a file the lines that would remain standing in a terminal."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self._stream = stream
         self._file = file
+        self._line = ""
 
     def write(self, text: str) -> int:
-        self._file.write(_CONTROL.sub("", text))
+        for part in re.split("([\r\n])", _CONTROL.sub("", text).replace("\r\n", "\n")):
+            if part == "\n":
+                self._file.write(self._line + "\n")
+            # A carriage return lets the next text overwrite the line, as a progress bar does.
+            self._line = "" if part in ("\r", "\n") else self._line + part
         return self._stream.write(text)
 
     def flush(self) -> None:
