@@ -68,6 +68,20 @@ def test_a_mistake_is_one_message_and_status_1(
     assert len(error.splitlines()) == 1
 
 
+def test_a_failure_of_ours_is_one_message_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.chdir(PROJECT)
+    assert sonosco(monkeypatch, "train") == 1
+    assert capsys.readouterr().err == (
+        "sonosco: ZeroDivisionError: division by zero (`sonosco --debug ...` shows where)\n"
+    )
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr("sys.argv", ["sonosco", "--debug", "train", "--optimzer.lr", "1"])

@@ -99,6 +99,13 @@ def test_a_finished_run_is_whole(tone_manifest: Manifest, tmp_path: Path) -> Non
     assert all(len(values) == 1 for values in found.values())
 
 
+def test_the_same_run_again_ends_in_the_same_bits(tone_manifest: Manifest, tmp_path: Path) -> None:
+    first, second = (run_experiment(toy_trainer(tone_manifest), tmp_path) for _ in range(2))
+    tags = [mlflow.get_run(experiment.run.id).data.tags for experiment in (first, second)]
+    assert tags[0]["sonosco.weights_digest"] == tags[1]["sonosco.weights_digest"]
+    assert rows(first.run.id) == rows(second.run.id)
+
+
 def test_the_weights_digest_is_that_of_the_kept_weights(tone_manifest: Manifest, tmp_path: Path) -> None:
     experiment = run_experiment(toy_trainer(tone_manifest), tmp_path)
     tags = mlflow.get_run(experiment.run.id).data.tags

@@ -144,10 +144,13 @@ def main() -> None:
     try:
         app(arguments, prog_name="sonosco")
     except Exception as error:
-        _mark_failed(str(error))
-        if debug or not isinstance(error, UserError):
+        known = isinstance(error, UserError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        _mark_failed(message)
+        if debug:
             raise
-        typer.secho(f"sonosco: {error}", fg=typer.colors.RED, err=True)
+        hint = "" if known else " (`sonosco --debug ...` shows where)"
+        typer.secho(f"sonosco: {message}{hint}", fg=typer.colors.RED, err=True)
         sys.exit(1)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -41,10 +42,13 @@ from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import DATA_DIGEST, TrackedRun, connect
 from sonosco_mlflow.tracking.provenance import describe_environment, snapshot_code
 from sonosco_mlflow.tracking.tensorboard import TensorBoard
+from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
+
+C = TypeVar("C", bound=Callback)
 
 
 class Experiment:
@@ -123,16 +127,18 @@ class Experiment:
         self._test_loader = test_loader
         self._lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
         self._log_data(self._lineage)
-        trainer.attach(self.history)
+        self.history = _own(trainer, History) or self.history
+        if self.history not in trainer.callbacks:
+            trainer.callbacks.insert(0, self.history)
         trainer.attach(self.journal)
         if tensorboard:
             trainer.attach(TensorBoard(self.folder / "tensorboard"))
-        own = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
         if checkpoints:
-            self._checkpoint = own[0] if own else ModelCheckpoint(self.folder / "checkpoints")
+            self._checkpoint = _own(trainer, ModelCheckpoint) or ModelCheckpoint(self.folder / "checkpoints")
             self._checkpoint.serializer = self.serializer
             self._checkpoint.listeners.append(partial(upload_checkpoint, self.run))
-            if not own:
+            if self._checkpoint not in trainer.callbacks:
+                # Last, so that what it saves is what the others decided.
                 trainer.callbacks.append(self._checkpoint)
 
     def start(self) -> None:
@@ -147,7 +153,7 @@ class Experiment:
             trainer.start_training()
             self._finish(trainer)
         except Exception as error:
-            self._close("failed", str(error) if isinstance(error, UserError) else repr(error))
+            self._close("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
             raise
         self._close("finished")
 
@@ -250,3 +256,8 @@ class Experiment:
         if self._trainer is None:
             raise UserError("the experiment has no trainer yet; call setup_model_trainer first")
         return self._trainer
+
+
+def _own(trainer: ModelTrainer, kind: type[C]) -> C | None:
+    """Return the callback of that kind which the user gave the trainer, or None."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
