@@ -35,6 +35,7 @@ from sonosco_mlflow.tracking.mlflow_run import (
     find_run,
 )
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
+from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
 from sonosco_mlflow.training.validation import evaluate as evaluate_model
 
@@ -70,6 +71,7 @@ def train(config: Config, project: Path, *, prepare: bool = True, results: Path 
     name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
     experiment = Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project)
     experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
+    trainer.callbacks.append(ModelCheckpoint(experiment.folder / "checkpoints", **config.checkpoint.model_dump()))
     experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
     try:
         experiment.start()
@@ -82,11 +84,7 @@ def train(config: Config, project: Path, *, prepare: bool = True, results: Path 
     metrics = {**trainer.validation.metrics, **experiment.test.metrics}
     if results is not None:
         _write_train_results(results, experiment, metrics)
-    return Outcome(
-        experiment.run.id,
-        metrics,
-        utterance_results(experiment.test),
-    )
+    return Outcome(experiment.run.id, metrics, utterance_results(experiment.test))
 
 
 def bring_data(config: Config, project: Path) -> DataLineage:

@@ -1,0 +1,108 @@
+"""The commands' work, in this process: on the data of a project that stands ready."""
+
+import csv
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from project import make_project
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.runs import Outcome, evaluate, recognizer_of, report, run_of, train
+from sonosco_mlflow.serialization.checkpoint import checkpoints_in
+from toy import ALPHABET
+
+pytestmark = pytest.mark.usefixtures("tracking_store")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_project(tmp_path_factory.mktemp("runs") / "project")
+    config, data = recipe(folder), DataFolder(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_corpus(config, data)
+        make_manifests(data)
+        make_features(config, data)
+    return folder
+
+
+@pytest.fixture
+def outcome(project: Path) -> Outcome:
+    return train(recipe(project), project, prepare=False, results=project / "results" / "train")
+
+
+def recipe(project: Path, **overrides: str) -> Config:
+    return Config.load(project / "params.yaml", {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def test_a_run_leaves_what_dvc_keeps(project: Path, outcome: Outcome) -> None:
+    results = project / "results" / "train"
+    assert run_of(results / "mlflow_run.json") == outcome.run_id
+    assert json.loads((results / "metrics.json").read_text()) == outcome.metrics
+    logged = mlflow.get_run(outcome.run_id).data.metrics
+    assert {name: logged[name] for name in outcome.metrics} == outcome.metrics
+    with (results / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["train_loss"]) == logged["train_loss"]
+    assert (results / "validations.csv").read_text().startswith("step,val_character_error_rate,val_loss,")
+
+
+def test_the_report_says_what_a_person_wants_to_know(outcome: Outcome) -> None:
+    text = report(outcome)
+    assert outcome.run_id in text
+    assert f"test_word_error_rate         {100 * outcome.metrics['test_word_error_rate']:6.2f} %" in text
+    assert text.count("reference") == text.count("hypothesis") == 3
+    assert "mlflow ui --backend-store-uri sqlite:///" in text
+
+
+def test_the_recipe_decides_which_checkpoints_are_kept(project: Path) -> None:
+    settings = {"data__frames_per_batch": "100", "checkpoint__every_steps": "2", "checkpoint__keep_last": "4"}
+    config = recipe(project, **settings, checkpoint__keep_best="0", tracking__run_name="kept")
+    run_id = train(config, project, prepare=False).run_id
+    kept = [
+        int(path.name.removeprefix("step-"))
+        for path in checkpoints_in(project / "runs" / f"kept-{run_id[:6]}" / "checkpoints")
+    ]
+    assert len(kept) == 4
+    assert [step % 2 for step in kept[:-1]] == [0, 0, 0]
+    stored = mlflow.MlflowClient().list_artifacts(run_id, "checkpoints")
+    assert [int(item.path.rpartition("-")[2]) for item in stored] == kept
+
+
+def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(project: Path, outcome: Outcome) -> None:
+    again = evaluate(outcome.run_id, project, prepare=False, results=project / "results" / "evaluate")
+    assert again.metrics == {name: value for name, value in outcome.metrics.items() if name.startswith("test_")}
+    assert again.results == outcome.results
+    with (project / "results" / "evaluate" / "hypotheses.csv").open() as file:
+        assert [row["hypothesis"] for row in csv.DictReader(file)] == [row.hypothesis for row in outcome.results]
+    assert set(recognizer_of(outcome.run_id, project).transcribe_file(next(project.glob("tones/*.wav")))) <= set(
+        ALPHABET
+    )
+
+
+def test_other_data_than_the_runs_is_refused(project: Path, outcome: Outcome) -> None:
+    manifest = project / "data" / "manifests" / "test.jsonl"
+    before = manifest.read_text()
+    manifest.write_text(before.replace('"text": "', '"text": "A', 1))
+    try:
+        with pytest.raises(UserError, match="the data here is not what run"):
+            evaluate(outcome.run_id, project, prepare=False)
+    finally:
+        manifest.write_text(before)
+
+
+def test_a_wrong_model_is_told_before_any_data_is_made(project: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.name.*'tsd'.*did you mean 'tds'"):
+        train(recipe(project, model__name="tsd", data__source="nowhere"), project)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", None])
+def test_a_file_that_names_no_run_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json: names no run"):
+        run_of(tmp_path / "run.json")
