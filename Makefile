@@ -36,7 +36,7 @@ train: setup  ## train on the default corpus with `mlflow run`: MODEL=las, ARGS=
 	@mlflow run . -P model=$(MODEL) --env-manager local $(ARGS)
 
 test: setup .venv/requirements-dev.txt  ## run the quick tests: ARGS="tests/data -x"
-	@OMP_NUM_THREADS=1 pytest -n 2 -m 'not slow' $(ARGS)
+	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
 
 lint: .venv/requirements-dev.txt  ## check style and types
 	@ruff check

@@ -88,7 +88,7 @@ def written_and_read(value: Any, **external: object) -> Any:
         *(frozenset({"b"}), {"a": {"b": 1}}, {1: "one", "$pairs": 2, (1, 2): None}, {"$object": "os:system"}),
         *(torch.float16, torch.device("cpu"), Colour.BLUE, SpecialToken.EOS, nn.ReLU, average, Smoother),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),
 )
 def test_values_come_back(value: object) -> None:
     again = written_and_read(value)
