@@ -27,18 +27,14 @@ RECIPE = {
 def make_project(folder: Path, utterances: int = 30) -> Path:
     """Write the project into ``folder`` and commit it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (folder / name).write_bytes((REPOSITORY / name).read_bytes())
-    listed = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "src"], REPOSITORY).stdout
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "src", ".dvc", *FILES]
+    listed = run(command, REPOSITORY).stdout
     for name in filter(None, listed.split("\0")):
         if (REPOSITORY / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((REPOSITORY / name).read_bytes())
-    (folder / ".dvc").mkdir()
-    (folder / ".dvc" / "config").write_bytes((REPOSITORY / ".dvc" / "config").read_bytes())
     for utterance in tone_corpus(folder / "tones", tone_texts(utterances)):
         (folder / "tones" / f"{utterance.id}.txt").write_text(utterance.text)
-    (folder / "tones.jsonl").unlink(missing_ok=True)
     recipe = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     for section, keys in RECIPE.items():
         recipe[section].update(keys)
