@@ -13,6 +13,7 @@ from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, m
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.runs import Outcome, evaluate, recognizer_of, report, run_of, train
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
+from sonosco_mlflow.tracking.mlflow_run import download
 from toy import ALPHABET
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
@@ -93,6 +94,48 @@ def test_other_data_than_the_runs_is_refused(project: Path, outcome: Outcome) ->
             evaluate(outcome.run_id, project, prepare=False)
     finally:
         manifest.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("training.device", "gpu", "training.device: found 'gpu'"),
+        ("features.window_size", "0.000001", "features.window_size 1e-06"),
+        ("features.n_mels", "100000", "features.n_mels is 100000"),
+        ("model.settings.dropout", "2", "model.settings.*dropout"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_before_any_data_is_made(
+    project: Path, key: str, value: str, named: str
+) -> None:
+    config = Config.load(project / "params.yaml", {key: value, "data.source": "nowhere"})
+    with pytest.raises(UserError, match=named):
+        train(config, project)
+
+
+def test_a_name_stays_inside_the_projects_folder(project: Path, outcome: Outcome) -> None:
+    before = set((project / "runs").iterdir())
+    run_id = train(recipe(project, tracking__run_name="../../a/b"), project, prepare=False).run_id
+    (folder,) = set((project / "runs").iterdir()) - before
+    assert folder.name == f"-..-a-b-{run_id[:6]}"
+
+
+def test_the_console_log_holds_the_report_and_a_failure(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = train(recipe(project), project, prepare=False).run_id
+    log = download(run_id, "logs/console.log", tmp_path / "finished").read_text()
+    assert "see it:  mlflow ui" in log
+    assert "see it:  mlflow ui" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="nowhere"):
+        train(recipe(project, data__source="nowhere"), project)
+    failed = mlflow.search_runs(["0"], output_format="list", max_results=1)[0]
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["sonosco.kind"] == "train"
+    assert failed.data.params["config.data.source"] == "nowhere"
+    log = download(failed.info.run_id, "logs/console.log", tmp_path / "failed").read_text()
+    assert failed.data.tags["sonosco.error"] in log
 
 
 def test_a_wrong_model_is_told_before_any_data_is_made(project: Path) -> None:

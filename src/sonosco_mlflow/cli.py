@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sonosco_mlflow.config import Config
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, describe_failure
 
 app = typer.Typer(
     add_completion=False,
@@ -97,11 +97,12 @@ def train(
 ) -> None:
     """Train the recipe: data, training, test, all of it in one MLflow run."""
     config = _recipe(context, settings, params)
-    from sonosco_mlflow.runs import report, train
-    from sonosco_mlflow.training.interruption import Terminated
+    from sonosco_mlflow.runs import train
+    from sonosco_mlflow.training.interruption import Terminated, raise_on_termination
 
+    raise_on_termination()
     try:
-        typer.echo(report(train(config, Path(), prepare=prepare, results=results)))
+        train(config, Path(), prepare=prepare, results=results)
     except Terminated:
         # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
         sys.exit(143)
@@ -116,12 +117,12 @@ def evaluate(
     results: Results = None,
 ) -> None:
     """Evaluate the model of a run from what MLflow and DVC kept."""
-    from sonosco_mlflow.runs import evaluate, report, run_of
+    from sonosco_mlflow.runs import evaluate, run_of
 
     if (run_id is None) == (run_file is None):
         raise UserError("give the id of a run, or --run-file")
     chosen = run_id if run_id is not None else run_of(run_file or Path())
-    typer.echo(report(evaluate(chosen, Path(), split=split, prepare=prepare, results=results)))
+    evaluate(chosen, Path(), split=split, prepare=prepare, results=results)
 
 
 @app.command()
@@ -144,12 +145,11 @@ def main() -> None:
     try:
         app(arguments, prog_name="sonosco")
     except Exception as error:
-        known = isinstance(error, UserError)
-        message = str(error) if known else f"{type(error).__name__}: {error}"
+        message = describe_failure(error)
         _mark_failed(message)
         if debug:
             raise
-        hint = "" if known else " (`sonosco --debug ...` shows where)"
+        hint = "" if isinstance(error, UserError) else " (`sonosco --debug ...` shows where)"
         typer.secho(f"sonosco: {message}{hint}", fg=typer.colors.RED, err=True)
         sys.exit(1)
 

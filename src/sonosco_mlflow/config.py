@@ -81,7 +81,7 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Rate = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     momentum: Share = 0.9
 
 
@@ -95,7 +95,7 @@ class Schedule(Section):
     warmup_steps: NotNegative = 100
     reduction: Literal["none", "plateau", "stepwise", "scheduled"] = "plateau"
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    floor: Annotated[float, Field(ge=0)] = 1e-5
+    floor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
     patience: Positive = 2
     every_epochs: Positive = 5
     epochs: list[Positive] = Field(default_factory=list)
@@ -105,9 +105,9 @@ class Training(Section):
     """The loop. ``accumulation`` batches make one optimizer step; ``soft_window_epochs`` is for the TDS model."""
 
     epochs: Positive = 10
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     accumulation: Positive = 1
-    gradient_clip: Annotated[float, Field(gt=0)] | None = 5.0
+    gradient_clip: Rate | None = 5.0
     validate_every_steps: Positive | None = None
     early_stopping_patience: Positive | None = None
     soft_window_epochs: NotNegative = 2

@@ -15,6 +15,11 @@ class UserError(Exception):
     """A mistake in the reader's input: a configuration key, a file, a command. The message is for them."""
 
 
+def describe_failure(error: Exception) -> str:
+    """Return the message of ``error`` for a reader, with its class where it is none of ours."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return the clause that names the nearest valid choice and, where they are few, all of them.
 

@@ -1,6 +1,7 @@
 """What a run shows at its end: hypotheses beside references, learning curves, an alignment, a spectrogram."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,7 +93,8 @@ def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) 
 
 def transcripts(results: Sequence[UtteranceResult], count: int) -> str:
     """Return ``count`` references with their hypotheses below them, evenly spread over ``results``."""
-    chosen = [results[i * len(results) // count] for i in range(min(count, len(results)))]
+    count = min(count, len(results))
+    chosen = [results[i * len(results) // count] for i in range(count)]
     return "\n".join(
         f"  {result.id}\n    reference   {result.reference}\n    hypothesis  {result.hypothesis}" for result in chosen
     )
@@ -106,6 +108,9 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # Without the software's version in its metadata the picture depends on the data alone.
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A transcript may hold characters that the font lacks: they become boxes.
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        # Without the software's version in its metadata the picture depends on the data alone.
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()

@@ -11,12 +11,13 @@ it as observers.
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -24,7 +25,7 @@ from sonosco_mlflow.config import Config, flatten
 from sonosco_mlflow.console import console_log
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.loader import AudioDataLoader
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.evaluation import (
     alignment_picture,
     learning_curves,
@@ -45,6 +46,7 @@ from sonosco_mlflow.tracking.tensorboard import TensorBoard
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
+from sonosco_mlflow.training.interruption import deferred_interrupts
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
 
@@ -54,7 +56,8 @@ C = TypeVar("C", bound=Callback)
 class Experiment:
     """A run in MLflow, and the trainer that it runs.
 
-    Use :meth:`create`.
+    Use :meth:`create`. In a ``with`` statement the run ends with the block: finished, stopped or failed as the block
+    was; elsewhere it ends with :meth:`start` or :meth:`stop`.
 
     Args:
         run: the open run.
@@ -76,6 +79,8 @@ class Experiment:
         self._resources = ExitStack()
         self._trainer: ModelTrainer | None = None
         self._checkpoint: ModelCheckpoint | None = None
+        self._in_block = False
+        self._closed = False
         self._test_loader: AudioDataLoader | None = None
         self._resources.enter_context(console_log(folder / "console.log"))
 
@@ -100,7 +105,9 @@ class Experiment:
         """
         connect(project)
         run = TrackedRun.open(experiment, "train", name)
-        folder = project / "runs" / f"{name or 'train'}-{run.id[:6]}"
+        # A name in the UI may hold anything, a folder's may not.
+        safe_name = re.sub(r"[^\w. -]+", "-", name or "train").strip(". ")[:100]
+        folder = project / "runs" / f"{safe_name}-{run.id[:6]}"
         created = cls(run, serializer or Serializer(), folder)
         created._log_provenance(config, project)
         return created
@@ -142,7 +149,7 @@ class Experiment:
                 trainer.callbacks.append(self._checkpoint)
 
     def start(self) -> None:
-        """Train to the end, evaluate, keep everything in MLflow and end the run.
+        """Train to the end, evaluate, and keep everything in MLflow.
 
         Raises:
             KeyboardInterrupt: stopped by signal; call :meth:`stop`, which loses nothing.
@@ -153,16 +160,32 @@ class Experiment:
             trainer.start_training()
             self._finish(trainer)
         except Exception as error:
-            self._close("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            self._close("failed", error)
             raise
-        self._close("finished")
+        if not self._in_block:
+            self._close("finished")
 
     def stop(self) -> None:
         """Keep the trainer's whole state in MLflow and end the run as stopped; training can go on from there."""
-        trainer = self._required_trainer()
-        if self._checkpoint is not None:
-            self._checkpoint.save(trainer)
-        self._close("stopped")
+        # A launcher's second signal must not cut this off.
+        with deferred_interrupts():
+            if self._checkpoint is not None:
+                self._checkpoint.save(self._required_trainer())
+            self._close("stopped")
+
+    def __enter__(self) -> Self:
+        self._in_block = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._close("finished")
+        elif isinstance(error, Exception):
+            self._close("failed", error)
+        elif self._trainer is not None:
+            self.stop()
+        else:
+            self._close("stopped")
 
     # ------------------------------------------------------------------ what goes to MLflow, and when
 
@@ -242,15 +265,22 @@ class Experiment:
         with tempfile.TemporaryDirectory() as scratch:
             log_recognizer(recognizer, Path(scratch))
 
-    def _close(self, state: str, message: str = "") -> None:
-        self.journal.close()
-        self._resources.close()
-        self.run.log_file(self.folder / "console.log", "logs")
-        if self.journal.path.exists():
-            self.run.log_file(self.journal.path)
-        if (self.folder / "tensorboard").exists():
-            self.run.log_folder(self.folder / "tensorboard", "tensorboard")
-        self.run.end(state, message)
+    def _close(self, state: str, error: Exception | None = None) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        message = "" if error is None else describe_failure(error)
+        with deferred_interrupts():
+            self.journal.close()
+            self._resources.close()
+            with (self.folder / "console.log").open("a", encoding="utf-8") as log:
+                log.write(message + "\n" if message else "")
+            self.run.log_file(self.folder / "console.log", "logs")
+            if self.journal.path.exists():
+                self.run.log_file(self.journal.path)
+            if (self.folder / "tensorboard").exists():
+                self.run.log_folder(self.folder / "tensorboard", "tensorboard")
+            self.run.end(state, message)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

@@ -12,7 +12,8 @@ from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder, make_processor
-from sonosco_mlflow.models import build_model
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.models import build_model, model_settings
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.training.callbacks import (
@@ -35,6 +36,31 @@ class Loaders:
     train: AudioDataLoader
     validation: AudioDataLoader
     test: AudioDataLoader
+
+
+def check_recipe(config: Config) -> dict[str, object]:
+    """Return all settings of the recipe's model, after trying what can be tried without data.
+
+    Raises:
+        UserError: the model, its settings, the features or the device cannot be; the message names the key.
+    """
+    settings = model_settings(config.model.name, config.model.preset, config.model.settings)
+    make_processor(config.features)
+    _check_device(config.training.device)
+    # The vocabulary is not known yet; on the meta device its size costs nothing, and no generator is drawn from.
+    with torch.device("meta"):
+        build_model(config.model.name, config.model.preset, config.features.n_mels, 32, config.model.settings)
+    return settings
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"training.device: found '{name}', expected cpu, or cuda where there is a GPU ({reason})"
+        ) from error
 
 
 def build_loaders(config: Config, folder: DataFolder) -> Loaders:

@@ -21,8 +21,7 @@ from sonosco_mlflow.evaluation import (
 )
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
-from sonosco_mlflow.models import model_settings
-from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer
+from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer, check_recipe
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.tracking.lineage import DataLineage
@@ -50,7 +49,7 @@ class Outcome:
 
 
 def train(config: Config, project: Path, *, prepare: bool = True, results: Path | None = None) -> Outcome:
-    """Train a recipe from its data to a finished run in MLflow.
+    """Train a recipe from its data to a finished run in MLflow, and print what came of it.
 
     Args:
         config: the recipe.
@@ -61,30 +60,31 @@ def train(config: Config, project: Path, *, prepare: bool = True, results: Path 
     Raises:
         KeyboardInterrupt: stopped by signal; the state is kept and the run can be continued.
     """
-    # A wrong model name is to be told before minutes go into data.
-    settings = model_settings(config.model.name, config.model.preset, config.model.settings)
+    # Mistakes are to be told before minutes go into data.
+    settings = check_recipe(config)
     determinism.configure(config.training.threads)
-    folder = prepare_data(config, project) if prepare else ready_data(config, project)
-    loaders = build_loaders(config, folder)
-    trainer = build_trainer(config, loaders)
-    trainer.attach(ProgressBar())
     name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
-    experiment = Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project)
-    experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
-    trainer.callbacks.append(ModelCheckpoint(experiment.folder / "checkpoints", **config.checkpoint.model_dump()))
-    experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
-    try:
-        experiment.start()
-    except KeyboardInterrupt:
-        experiment.stop()
-        print(f"stopped at step {trainer.progress.step}; run {experiment.run.id} keeps the whole state")
-        raise
-    assert trainer.validation is not None
-    assert experiment.test is not None
-    metrics = {**trainer.validation.metrics, **experiment.test.metrics}
-    if results is not None:
-        _write_train_results(results, experiment, metrics)
-    return Outcome(experiment.run.id, metrics, utterance_results(experiment.test))
+    with Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project) as experiment:
+        experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
+        folder = prepare_data(config, project) if prepare else ready_data(config, project)
+        loaders = build_loaders(config, folder)
+        trainer = build_trainer(config, loaders)
+        trainer.attach(ProgressBar())
+        trainer.callbacks.append(ModelCheckpoint(experiment.folder / "checkpoints", **config.checkpoint.model_dump()))
+        experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
+        try:
+            experiment.start()
+        except KeyboardInterrupt:
+            print(f"stopped at step {trainer.progress.step}; run {experiment.run.id} keeps the whole state")
+            raise
+        assert trainer.validation is not None
+        assert experiment.test is not None
+        metrics = {**trainer.validation.metrics, **experiment.test.metrics}
+        if results is not None:
+            _write_train_results(results, experiment, metrics)
+        outcome = Outcome(experiment.run.id, metrics, utterance_results(experiment.test))
+        print(report(outcome))
+    return outcome
 
 
 def bring_data(config: Config, project: Path) -> DataLineage:

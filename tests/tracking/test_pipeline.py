@@ -53,10 +53,25 @@ def test_what_does_not_touch_the_data_shares_it(project: Path, own: DataFolder) 
     assert ready_data(recipe(project, optimizer__lr="0.1", training__seed="7", data__workers="2"), project) == own
 
 
-def test_a_failed_stage_is_told(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="could not be brought up to date"):
+def test_one_cache_serves_all_workspaces(project: Path, own: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    # From the command line the project is the working folder, by a relative path.
+    monkeypatch.chdir(project)
+    other = prepare_data(recipe(project, features__n_mels="6"), Path())
+    assert not (other.root.parent / ".dvc" / "cache").exists()
+    assert not (other.root.parent / ".dvc" / ".dvc").exists()
+    digest = stage_outputs(other)["data/features"]
+    assert (project / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]).exists()
+
+
+def test_a_failed_stage_says_why(project: Path) -> None:
+    with pytest.raises(UserError, match="src: found no etc/an4_train") as raised:
         prepare_data(recipe(project, data__corpus="an4", data__source="src"), project)
-    assert "src" in capfd.readouterr().err
+    assert "dvc repro" not in str(raised.value)
+
+
+def test_an_unknown_corpus_is_refused_at_once(project: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.corpus: found 'an5', did you mean 'an4'"):
+        prepare_data(recipe(project, data__corpus="an5"), project)
 
 
 def test_a_source_that_does_not_exist_is_named(project: Path) -> None:

@@ -54,6 +54,9 @@ class AudioDataProcessor:
         window_size: seconds of one analysis window.
         window_stride: seconds between the starts of two windows.
         window: "hann", "hamming", "blackman" or "povey" (a Hann window to the power 0.85, as in Kaldi).
+
+    Raises:
+        UserError: an unknown window, a window or stride of no samples, or more mel bands than frequencies.
     """
 
     def __init__(
@@ -70,7 +73,17 @@ class AudioDataProcessor:
         self.n_mels = n_mels
         self.window_length = round(window_size * sample_rate)
         self.hop_length = round(window_stride * sample_rate)
+        if self.window_length < 2 or self.hop_length < 1:
+            raise UserError(
+                f"features.window_size {window_size} and features.window_stride {window_stride} are "
+                f"{self.window_length} and {self.hop_length} samples at {sample_rate} Hz; expected at least 2 and 1"
+            )
         n_fft = 2 ** math.ceil(math.log2(self.window_length))
+        if n_mels > n_fft // 2 + 1:
+            raise UserError(
+                f"features.n_mels is {n_mels}, expected at most {n_fft // 2 + 1}, the frequencies of a window of "
+                f"{self.window_length} samples"
+            )
         self._spectrogram = torchaudio.transforms.MelSpectrogram(
             sample_rate,
             n_fft=n_fft,

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.tracking.journal import Row
 from sonosco_mlflow.tracking.pipeline import locked
 
@@ -192,10 +192,10 @@ class TrackedRun:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.end("finished")
-        elif isinstance(error, KeyboardInterrupt):
-            self.end("stopped")
+        elif isinstance(error, Exception):
+            self.end("failed", describe_failure(error))
         else:
-            self.end("failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+            self.end("stopped")
 
     def end(self, state: str, message: str = "") -> None:
         """End the run as ``finished``, ``stopped`` (resumable) or ``failed``."""

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.corpora import CORPORA
 from sonosco_mlflow.data.stages import DataFolder
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, nearest
 
 DATA_STAGES = ("corpus", "manifests", "features")
+STAGE_MESSAGE = "sonosco: "
 
 
 def prepare_data(config: Config, project: Path) -> DataFolder:
@@ -36,6 +39,9 @@ def prepare_data(config: Config, project: Path) -> DataFolder:
     Raises:
         UserError: there is no pipeline here, or a stage failed (its own message has been printed).
     """
+    project = project.resolve()
+    if config.data.corpus not in CORPORA:
+        raise UserError(f"data.corpus: found '{config.data.corpus}', {nearest(config.data.corpus, CORPORA)}")
     if not (project / "dvc.yaml").exists():
         raise UserError(f"{project}: no dvc.yaml here; run in the project's folder")
     source = config.data.source
@@ -49,6 +55,7 @@ def prepare_data(config: Config, project: Path) -> DataFolder:
 
 def ready_data(config: Config, project: Path) -> DataFolder:
     """Return the folder with the data of ``config`` as it lies there, without running anything."""
+    project = project.resolve()
     own = _is_own_recipe(config, project)
     return DataFolder((project if own else workspace_of(config, project)) / "data")
 
@@ -124,17 +131,33 @@ def _reproduce(workspace: Path) -> None:
     # The stages name `python`: it must be the one that runs now, wherever DVC was called from.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = [sys.executable, "-m", "dvc", "repro", *DATA_STAGES]
-    # DVC tells of its doings on stdout; errors, and the stages' own progress, come on stderr.
-    result = subprocess.run(
+    said = ""
+    # DVC tells of its doings on stdout; errors, and the stages' own progress, come on stderr. Its process group is its
+    # own, because a stage outlives a DVC that is killed alone.
+    with subprocess.Popen(
         command,
         cwd=workspace,
         env={**os.environ, "PATH": path},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        check=False,
-    )
-    if result.returncode != 0:
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                # A stage's last word is the message; what DVC makes of its exit status says nothing more.
+                if line.startswith(STAGE_MESSAGE):
+                    said = line.removeprefix(STAGE_MESSAGE).strip()
+                elif not said:
+                    print(line, end="", file=sys.stderr, flush=True)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    if process.returncode != 0:
         raise UserError(
-            f"the data could not be brought up to date: `dvc repro {' '.join(DATA_STAGES)}` in {workspace} ended with "
-            f"status {result.returncode}; its message stands above"
+            said
+            or f"the data could not be brought up to date: `dvc repro {' '.join(DATA_STAGES)}` in {workspace} "
+            f"ended with status {process.returncode}; its message stands above"
         )

@@ -17,6 +17,15 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end by SIGTERM; handled like an interrupt from the keyboard."""
 
 
+def raise_on_termination() -> None:
+    """Let SIGTERM raise :class:`Terminated` in this process, as SIGINT raises :class:`KeyboardInterrupt`."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
 class Interruption:
     """What was asked for by signal, and not yet obeyed."""
 
