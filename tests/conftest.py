@@ -27,15 +27,23 @@ def tone_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="session")
-def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of an MLflow store; making its tables takes seconds, so that one serves a whole session."""
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an MLflow store without runs, to be copied: making its tables takes seconds."""
     folder = tmp_path_factory.mktemp("tracking")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         mlflow.set_tracking_uri(None)
         connect(folder)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def tracking_database(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of the store that tests of one process share."""
+    database = tmp_path_factory.mktemp("shared") / "mlflow.db"
+    database.write_bytes(empty_database.read_bytes())
+    return f"sqlite:///{database}"
 
 
 @pytest.fixture

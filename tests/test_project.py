@@ -15,10 +15,10 @@ DVC = [sys.executable, "-m", "dvc"]
 LOCAL = ["--env-manager", "local"]
 
 
-def new_project(folder: Path, database: str) -> Path:
+def new_project(folder: Path, database: Path) -> Path:
     """Make a project whose store exists already: making its tables takes seconds."""
     project = make_project(folder)
-    (project / "mlflow.db").write_bytes(Path(database.removeprefix("sqlite:///")).read_bytes())
+    (project / "mlflow.db").write_bytes(database.read_bytes())
     return project
 
 
@@ -35,8 +35,8 @@ def runs_before_and_after(project: Path, command: list[str], status: int = 0) ->
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> Path:
-    return new_project(tmp_path_factory.mktemp("launched") / "project", tracking_database)
+def project(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    return new_project(tmp_path_factory.mktemp("launched") / "project", empty_database)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def test_a_git_address_is_cloned_and_run(project: Path, trained: Run) -> None:
 
 
 @pytest.mark.slow
-def test_dvc_runs_what_changed_and_brings_old_runs_back(tmp_path: Path, tracking_database: str) -> None:
-    project = new_project(tmp_path / "project", tracking_database)
+def test_dvc_runs_what_changed_and_brings_old_runs_back(tmp_path: Path, empty_database: Path) -> None:
+    project = new_project(tmp_path / "project", empty_database)
     run_file = project / "results" / "train" / "mlflow_run.json"
     params = (project / "params.yaml").read_text()
 
