@@ -74,10 +74,14 @@ def test_the_recipe_decides_which_checkpoints_are_kept(project: Path) -> None:
     assert [int(item.path.rpartition("-")[2]) for item in stored] == kept
 
 
-def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(project: Path, outcome: Outcome) -> None:
+def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(
+    project: Path, outcome: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
     again = evaluate(outcome.run_id, project, prepare=False, results=project / "results" / "evaluate")
     assert again.metrics == {name: value for name, value in outcome.metrics.items() if name.startswith("test_")}
     assert again.results == outcome.results
+    assert report(again) in capsys.readouterr().out
     with (project / "results" / "evaluate" / "hypotheses.csv").open() as file:
         assert [row["hypothesis"] for row in csv.DictReader(file)] == [row.hypothesis for row in outcome.results]
     assert set(recognizer_of(outcome.run_id, project).transcribe_file(next(project.glob("tones/*.wav")))) <= set(

@@ -107,7 +107,7 @@ def bring_data(config: Config, project: Path) -> DataLineage:
 def evaluate(
     run_id: str, project: Path, *, split: str = "test", prepare: bool = True, results: Path | None = None
 ) -> Outcome:
-    """Evaluate the model that run ``run_id`` kept, on a run of its own below that one.
+    """Evaluate the model that run ``run_id`` kept, on a run of its own below that one, and print what came of it.
 
     The numbers are derived again from what MLflow and DVC kept: nothing of the training process is left. Where the
     run already holds them, the tag ``sonosco.reproduced`` says whether they are equal to the last bit.
@@ -158,7 +158,9 @@ def evaluate(
             writer = csv.DictWriter(file, fieldnames=list(vars(table[0])))
             writer.writeheader()
             writer.writerows(vars(row) for row in table)
-    return Outcome(run_id, validation.metrics, table)
+    outcome = Outcome(run_id, validation.metrics, table)
+    print(report(outcome))
+    return outcome
 
 
 def recognizer_of(run_id: str, project: Path) -> SpeechRecognizer:
