@@ -159,6 +159,18 @@ def test_a_failure_is_told_by_the_run(tone_manifest: Manifest, tmp_path: Path) -
     assert "the loss is nan at step 1" in run.data.tags["sonosco.error"]
 
 
+def test_a_run_whose_provenance_fails_does_not_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise OSError("no snapshot today")
+
+    monkeypatch.setattr("sonosco_mlflow.experiment.snapshot_code", broken)
+    with pytest.raises(OSError, match="no snapshot"):
+        Experiment.create({}, project=tmp_path)
+    run = mlflow.search_runs(["0"], output_format="list", max_results=1)[0]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["sonosco.error"] == "OSError: no snapshot today"
+
+
 def test_the_kept_model_transcribes_waveforms(tone_manifest: Manifest, tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = {"channels": [2], "blocks": [1], "decoder_size": 16, "kernel": 3, "strides": [2]}

@@ -201,7 +201,7 @@ class Config(Section):
     @property
     def digest(self) -> str:
         """Hexadecimal sha256 of the recipe."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return settings_digest(self.model_dump(mode="json"))
 
     @property
     def data_recipe(self) -> dict[str, object]:
@@ -248,6 +248,11 @@ def _set(tree: dict[str, object], key: str, value: object) -> None:
             raise UserError(f"{parent}: found {child!r}, expected a section of keys")
         node = child
     node[last] = value
+
+
+def settings_digest(settings: Mapping[str, object]) -> str:
+    """Return the hexadecimal sha256 of nested settings, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Scalar]]:

@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 
 import torch
 
-from sonosco_mlflow.config import Config, flatten
+from sonosco_mlflow.config import Config, flatten, settings_digest
 from sonosco_mlflow.console import console_log
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.loader import AudioDataLoader
@@ -109,7 +109,11 @@ class Experiment:
         safe_name = re.sub(r"[^\w. -]+", "-", name or "train").strip(". ")[:100]
         folder = project / "runs" / f"{safe_name}-{run.id[:6]}"
         created = cls(run, serializer or Serializer(), folder)
-        created._log_provenance(config, project)
+        try:
+            created._log_provenance(config, project)
+        except Exception as error:
+            created._close("failed", error)
+            raise
         return created
 
     def setup_model_trainer(
@@ -193,18 +197,17 @@ class Experiment:
         run = self.run
         code = snapshot_code(project)
         environment = describe_environment(torch.get_num_threads(), project)
-        flat = dict(flatten(config.model_dump(mode="json") if isinstance(config, Config) else config))
-        config_digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+        settings = config.model_dump(mode="json") if isinstance(config, Config) else config
         run.set_tags(
             {
                 "sonosco.code_digest": code.digest,
                 "sonosco.commit": code.commit or "none",
                 "sonosco.dirty": str(code.dirty).lower(),
-                "sonosco.config_digest": config.digest if isinstance(config, Config) else config_digest,
+                "sonosco.config_digest": settings_digest(settings),
                 "sonosco.environment_digest": environment.digest,
             }
         )
-        run.log_parameters(flat)
+        run.log_parameters(dict(flatten(settings)))
         run.log_bytes(code.archive, "code/snapshot.zip")
         run.log_text(code.patch, "code/uncommitted.patch")
         run.log_text(code.git_json(), "code/git.json")

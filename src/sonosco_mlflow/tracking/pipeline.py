@@ -37,7 +37,7 @@ def prepare_data(config: Config, project: Path) -> DataFolder:
         project: folder with ``dvc.yaml`` and ``params.yaml``.
 
     Raises:
-        UserError: there is no pipeline here, or a stage failed (its own message has been printed).
+        UserError: there is no pipeline here, no such corpus or source, or a stage failed; then the message is its own.
     """
     project = project.resolve()
     if config.data.corpus not in CORPORA:
