@@ -25,10 +25,10 @@ export UV_HTTP_TIMEOUT := 600
 outer_path := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
 export PATH := $(CURDIR)/.venv/bin:$(outer_path)
 
-.PHONY: help setup train test lint pins ui clean
+.PHONY: help setup train test test-resume lint pins ui clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 13
 
 setup: .venv/bin/sonosco  ## make the environment, .venv
 
@@ -37,6 +37,9 @@ train: setup  ## train on the default corpus with `mlflow run`: MODEL=las, ARGS=
 
 test: setup .venv/requirements-dev.txt  ## run the quick tests: ARGS="tests/data -x"
 	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
+
+test-resume: setup .venv/requirements-dev.txt  ## kill trainings in every way, and print a table of how they went on
+	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile tests/resume -m 'slow or not slow' $(ARGS)
 
 lint: .venv/requirements-dev.txt  ## check style and types
 	@ruff check

@@ -49,12 +49,10 @@ def run(
     command: list[str], folder: Path, *, status: int = 0, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` in ``folder`` with this interpreter first on PATH, and require its exit status."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "PYTHONPATH"))}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     result = subprocess.run(
         command,
         cwd=folder,
-        env={**environment, **(variables or {})},
+        env=environment(variables),
         capture_output=True,
         text=True,
         check=False,
@@ -62,3 +60,10 @@ def run(
     )
     assert result.returncode == status, f"{command} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables of a process of this interpreter's, without those that would lead it elsewhere."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "PYTHONPATH"))}
+    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return {**kept, **(variables or {})}

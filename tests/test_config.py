@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
-from sonosco_mlflow.config import Config, flatten, valid_keys
+from sonosco_mlflow.config import Config, decisive, flatten, settings_digest, settings_yaml, valid_keys
 from sonosco_mlflow.errors import UserError
 
 # Scripts and people rely on these.
@@ -134,3 +135,38 @@ def test_nothing_changes_after_it_was_read() -> None:
 
 def test_flattening_gives_dotted_keys_and_json_lists() -> None:
     assert dict(flatten({"a": {"b": [1, "x"], "c": None}, "d": 0.5})) == {"a.b": '[1, "x"]', "a.c": None, "d": 0.5}
+
+
+# What a run may go on with otherwise and still end in the same bits, as far as it has come.
+FREE_KEYS = {
+    *("data.source", "data.workers", "data.processes", "training.epochs", "tracking.experiment", "tracking.run_name"),
+    *("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.every_epochs", "checkpoint.keep_last"),
+    *("checkpoint.keep_best", "checkpoint.keep_every_steps"),
+}
+
+
+def test_every_key_decides_the_bits_but_those_that_only_decide_the_way() -> None:
+    settings = Config().model_dump(mode="json")
+    assert Config().flat().keys() - decisive(settings).keys() == FREE_KEYS
+    assert {"training.seed", "training.threads", "training.device", "data.corpus"} <= decisive(settings).keys()
+
+
+def test_settings_of_the_users_own_are_decisive_like_the_recipes() -> None:
+    own = {"training": {"epochs": 3, "epochs_of_rest": 1}, "checkpoint": {"x": 1}, "checkpoints": 2, "size": [1]}
+    # The prefix of a name is not the name.
+    assert decisive(own) == {"training.epochs_of_rest": 1, "checkpoints": 2, "size": "[1]"}
+
+
+def test_settings_come_back_from_their_yaml() -> None:
+    settings = {"b": {"lr": 3e-4, "none": None, "on": True, "list": [1, 2.5, "x"]}, "a": "naïve: text", "no": "no"}
+    text = settings_yaml(settings)
+    again = YAML(typ="safe").load(text)
+    assert again == settings
+    assert list(again) == list(settings)
+    assert settings_digest(again) == settings_digest(settings)
+    assert settings_yaml(again) == text
+
+
+def test_the_digest_does_not_follow_the_order_of_keys() -> None:
+    assert settings_digest({"a": 1, "b": {"c": 2, "d": 3}}) == settings_digest({"b": {"d": 3, "c": 2}, "a": 1})
+    assert settings_digest({"a": 1}) != settings_digest({"a": 1.0})

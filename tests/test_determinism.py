@@ -1,5 +1,8 @@
 import os
 import random
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,6 +14,7 @@ from sonosco_mlflow.determinism import (
     configure,
     generator_states,
     preserved_generators,
+    python_generator_of_this_thread,
     random_stream,
     seed_for,
     set_generator_states,
@@ -82,6 +86,32 @@ def test_generators_are_preserved_also_when_the_block_fails() -> None:
     with pytest.raises(ZeroDivisionError), preserved_generators():
         1 / (0 * drawn(restore=False)[0])
     assert drawn() == before
+
+
+def in_another_thread(draw: Callable[[], object]) -> None:
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+
+
+def test_other_threads_draw_from_pythons_generator_without_being_seen() -> None:
+    def drawn_after(disturb: Callable[[], object]) -> list[float]:
+        random.seed(1)
+        return [random.gauss(0, 1) for _ in range(3) if (in_another_thread(disturb), True)]
+
+    expected = drawn_after(lambda: None)
+    assert drawn_after(random.random) != expected, "without it, they are seen"
+    functions = dict(vars(random))
+    with python_generator_of_this_thread():
+        for disturb in (lambda: random.random(), lambda: random.seed(5), lambda: random.shuffle([1, 2, 3])):
+            assert drawn_after(disturb) == expected
+        with suppress(KeyError), python_generator_of_this_thread():
+            assert drawn_after(lambda: random.uniform(0, 1)) == expected
+            raise KeyError
+        assert drawn_after(lambda: random.uniform(0, 1)) == expected
+        state = random.getstate()
+    assert vars(random) == functions
+    assert random.getstate() == state
 
 
 def test_configure_makes_torch_deterministic_with_a_given_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

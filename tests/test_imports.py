@@ -14,8 +14,9 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # From the bottom to the top: a module may import its own storey and those before it.
 STOREYS = [
-    *("errors", "config", "console", "text", "serialization", "determinism", "data", "decoding", "models", "metrics"),
-    *("training", "tracking", "evaluation", "serving", "experiment", "recipe", "runs", "cli", "__main__"),
+    *("errors", "config", "console", "text", "background", "serialization", "determinism", "canary", "data"),
+    *("decoding", "models", "metrics", "training", "testing", "tracking", "evaluation", "serving", "reporting"),
+    *("experiment", "recipe", "runs", "cli", "__main__"),
 ]
 
 # Where each of these may be imported; whatever is not listed here may be used anywhere.

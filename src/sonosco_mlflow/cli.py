@@ -5,13 +5,17 @@ on, as ``--optimizer.lr 3e-4``. Exit status: 0 done, 1 a mistake or a failed run
 traceback), 2 usage, 130 and 143 stopped by SIGINT or SIGTERM and resumable.
 """
 
+import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sonosco_mlflow.config import Config
+from sonosco_mlflow.config import ALIASES, Config
 from sonosco_mlflow.errors import UserError, describe_failure
 
 app = typer.Typer(
@@ -26,6 +30,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Params = Annotated[Path, typer.Option("--params", help="The recipe.")]
 Results = Annotated[Path | None, typer.Option(help="Folder for what DVC keeps of the run.")]
 Prepare = Annotated[bool, typer.Option(help="Bring the data up to date first, with DVC.")]
+Allow = Annotated[bool, typer.Option(show_default=False, help="Go on although it differs; the run records it.")]
 PARAMS = Path("params.yaml")
 
 
@@ -94,18 +99,57 @@ def train(
     params: Params = PARAMS,
     prepare: Prepare = True,
     results: Results = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Continue a run of the same recipe, code and data that was cut off.")
+    ] = False,
 ) -> None:
     """Train the recipe: data, training, test, all of it in one MLflow run."""
     config = _recipe(context, settings, params)
     from sonosco_mlflow.runs import train
-    from sonosco_mlflow.training.interruption import Terminated, raise_on_termination
 
-    raise_on_termination()
-    try:
-        train(config, Path(), prepare=prepare, results=results)
-    except Terminated:
-        # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
-        sys.exit(143)
+    with _termination():
+        train(config, Path(), prepare=prepare, results=results, go_on=go_on)
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def resume(
+    context: typer.Context,
+    run_id: Annotated[str | None, typer.Argument(help="A training run.")] = None,
+    run_option: Annotated[str | None, typer.Option("--run_id", hidden=True)] = None,
+    settings: Set = None,
+    prepare: Prepare = True,
+    results: Results = None,
+    allow_config_change: Allow = False,
+    allow_code_change: Allow = False,
+    allow_data_change: Allow = False,
+    allow_vocabulary_change: Allow = False,
+    allow_environment_change: Allow = False,
+    allow_numerics_change: Allow = False,
+) -> None:
+    """Continue a run that was killed, stopped or failed; with --set training.epochs=N also a finished one."""
+    from sonosco_mlflow.runs import resume
+
+    allowed = {
+        "config": allow_config_change,
+        "code": allow_code_change,
+        "data": allow_data_change,
+        "vocabulary": allow_vocabulary_change,
+        "environment": allow_environment_change,
+        "numerics": allow_numerics_change,
+    }
+    # `mlflow run -P run_id=...` gives an option, `mlflow run --run-id ...` the variable.
+    chosen = run_id or run_option or os.environ.pop("MLFLOW_RUN_ID", None)
+    if chosen is None:
+        raise UserError("give the id of the run that is to go on: sonosco resume RUN_ID")
+    with _termination():
+        resume(
+            chosen,
+            Path(),
+            overrides=_overrides(context, settings),
+            allowed_changes=[change for change, is_allowed in allowed.items() if is_allowed],
+            prepare=prepare,
+            results=results,
+        )
 
 
 @app.command()
@@ -140,8 +184,10 @@ def transcribe(
 
 def main() -> None:
     """Run the command line and end the process."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments = _normalised([argument for argument in sys.argv[1:] if argument != "--debug"])
+    debug = "--debug" in sys.argv[1:]
+    # A warning is for the reader, who does not care for the line of code that gave it.
+    warnings.formatwarning = lambda message, *_, **__: f"sonosco: warning: {message}\n"
     try:
         app(arguments, prog_name="sonosco")
     except Exception as error:
@@ -154,17 +200,33 @@ def main() -> None:
         sys.exit(1)
 
 
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Let SIGTERM stop what is done inside as an interrupt does, and end the process with 143."""
+    from sonosco_mlflow.training.interruption import Terminated, raise_on_termination
+
+    raise_on_termination()
+    try:
+        yield
+    except Terminated:
+        # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
+        sys.exit(143)
+
+
 def _recipe(
     context: typer.Context, settings: list[str] | None, params: Path, chosen: dict[str, str] | None = None
 ) -> Config:
-    overrides = dict(chosen or {})
+    return Config.load(params, {**(chosen or {}), **_overrides(context, settings)})
+
+
+def _overrides(context: typer.Context, settings: list[str] | None) -> dict[str, str]:
+    overrides = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: expected key=value")
         overrides[key] = value
-    overrides |= _dotted(context.args)
-    return Config.load(params, overrides)
+    return overrides | _dotted(context.args)
 
 
 def _dotted(arguments: list[str]) -> dict[str, str]:
@@ -183,10 +245,30 @@ def _dotted(arguments: list[str]) -> dict[str, str]:
     return overrides
 
 
+def _normalised(arguments: list[str]) -> list[str]:
+    """Write keys of the recipe as ``--set``, and flags of ``mlflow run -P allow-code-change=true`` without a value.
+
+    A command with an argument of its own would take the key, or the value behind it, for that.
+
+    >>> _normalised(["resume", "--training.epochs", "20", "--allow-code-change", "true", "--run_id", "ab12"])
+    ['resume', '--set', 'training.epochs=20', '--allow-code-change', '--run_id', 'ab12']
+    """
+    words: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and ("." in key or key in ALIASES):
+            words += ["--set", f"{key}={value if equals else next(remaining, '')}"]
+        elif words and words[-1].startswith("--allow-") and argument.lower() in ("true", "false"):
+            if argument.lower() == "false":
+                words.pop()
+        else:
+            words.append(argument)
+    return words
+
+
 def _mark_failed(message: str) -> None:
     # Only where `mlflow run` launched this process is there a run that nobody else would mark.
-    import os
-
     if "MLFLOW_RUN_ID" in os.environ:
         from sonosco_mlflow.tracking.mlflow_run import mark_launched_run_failed
 

@@ -27,6 +27,10 @@ NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+# What decides how a run goes on, but not a single bit of where it ends; the data's content has digests of its own.
+# Names of keys, and of sections.
+NOT_DECISIVE = ("data.source", "data.workers", "data.processes", "checkpoint", "tracking", "training.epochs")
+
 # `mlflow run -P model=tds` is short for the key that people set most.
 ALIASES = {"model": "model.name"}
 
@@ -116,12 +120,14 @@ class Training(Section):
 
 
 class Checkpoint(Section):
-    """When state is saved, besides the end of each epoch, and which checkpoints are kept."""
+    """When state is saved, besides at a signal, and which checkpoints are kept: the last, the best, each n-th step."""
 
     every_steps: Positive | None = None
     every_minutes: Rate | None = None
+    every_epochs: Positive | None = 1
     keep_last: Annotated[int, Field(ge=2)] = 2
     keep_best: NotNegative = 1
+    keep_every_steps: Positive | None = None
 
 
 class Tracking(Section):
@@ -192,11 +198,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Return the recipe as the text of a ``params.yaml``."""
-        stream = StringIO()
-        yaml = YAML()
-        yaml.default_flow_style = False
-        yaml.dump(self.model_dump(mode="json"), stream)
-        return stream.getvalue()
+        return settings_yaml(self.model_dump(mode="json"))
 
     @property
     def digest(self) -> str:
@@ -255,6 +257,15 @@ def settings_digest(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def settings_yaml(settings: Mapping[str, object]) -> str:
+    """Return nested settings as YAML."""
+    stream = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(dict(settings), stream)
+    return stream.getvalue()
+
+
 def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Scalar]]:
     """Yield the leaves of nested mappings under dotted keys; lists become their JSON text."""
     for key, value in tree.items():
@@ -265,6 +276,15 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
                 yield prefix + key, json.dumps(value)
             case None | bool() | int() | float() | str():
                 yield prefix + key, value
+
+
+def decisive(settings: Mapping[str, object]) -> dict[str, Scalar]:
+    """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`)."""
+    return {
+        key: value
+        for key, value in flatten(settings)
+        if not any(f"{key}.".startswith(f"{name}.") for name in NOT_DECISIVE)
+    }
 
 
 def _explain(key: str, details: Mapping[str, object]) -> str:

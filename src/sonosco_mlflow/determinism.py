@@ -8,11 +8,14 @@ the stream, the epoch, the utterance. So a run can be continued at any step, by 
 True
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -51,6 +54,19 @@ def configure(threads: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def seed_generators(*key: Key) -> None:
+    """Seed the global generators of Python, NumPy, torch and every CUDA device for ``key``.
+
+    Otherwise their states would come from the clock, and two equal trainings would keep unequal states.
+    """
+    import torch
+
+    seed = seed_for(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def generator_states() -> dict[str, object]:
     """Return the states of the global generators of Python, NumPy, torch and every CUDA device, as plain data.
 
@@ -64,7 +80,7 @@ def generator_states() -> dict[str, object]:
     assert isinstance(numpy_state, dict)
     inner = numpy_state["state"]
     return {
-        "python": {"version": version, "internal": list(internal), "gauss": gauss},
+        "python": {"version": version, "internal": torch.tensor(internal), "gauss": gauss},
         "numpy": {
             "key": torch.from_numpy(inner["key"].astype(np.int64)),
             "position": int(inner["pos"]),
@@ -86,7 +102,7 @@ def set_generator_states(states: Mapping[str, object]) -> None:
     assert isinstance(numpy_state, dict)
     assert isinstance(torch_state, torch.Tensor)
     assert isinstance(cuda_states, list)
-    random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
+    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))
     np.random.set_state(
         {
             "bit_generator": "MT19937",
@@ -101,6 +117,41 @@ def set_generator_states(states: Mapping[str, object]) -> None:
     torch.set_rng_state(torch_state)
     if torch.cuda.is_available() and cuda_states:
         torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def python_generator_of_this_thread() -> Iterator[None]:
+    """Keep other threads from drawing of Python's global generator while the block runs; they get one of their own.
+
+    Clients of tracking servers and object stores draw from it how long to wait before they ask again. Were that seen by
+    the thread that trains, an outage would change the numbers of code that draws from it.
+    """
+    owner = threading.get_ident()
+    others = random.Random()
+    # The functions of the module are methods of its one generator.
+    names = [name for name, function in vars(random).items() if isinstance(_owner_of(function), random.Random)]
+    originals = {name: getattr(random, name) for name in names}
+
+    def shared(name: str) -> Callable[..., object]:
+        mine, theirs = originals[name], getattr(others, name)
+
+        @functools.wraps(mine)
+        def draw(*arguments: object, **options: object) -> object:
+            return (mine if threading.get_ident() == owner else theirs)(*arguments, **options)
+
+        return draw
+
+    for name in names:
+        setattr(random, name, shared(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(random, name, original)
+
+
+def _owner_of(function: object) -> object:
+    return getattr(inspect.unwrap(function) if callable(function) else function, "__self__", None)
 
 
 @contextmanager

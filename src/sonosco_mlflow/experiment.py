@@ -7,82 +7,99 @@ it as observers.
 >>> experiment = Experiment.create(config)                              # doctest: +SKIP
 >>> experiment.setup_model_trainer(trainer, checkpoints=True)           # doctest: +SKIP
 >>> experiment.start()                                                  # doctest: +SKIP
+
+A run that was killed or stopped goes on, bit for bit, by the same lines with a trainer that is made in the same way;
+only the first of them differs:
+
+>>> experiment = Experiment.resume(run_id)                              # doctest: +SKIP
 """
 
 import hashlib
-import json
 import re
-import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import partial
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from signal import SIGINT
 from typing import Self, TypeVar
 
 import torch
 
-from sonosco_mlflow.config import Config, flatten, settings_digest
+from sonosco_mlflow import determinism
+from sonosco_mlflow.config import Config, flatten
 from sonosco_mlflow.console import console_log
-from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.errors import UserError, describe_failure
-from sonosco_mlflow.evaluation import (
-    alignment_picture,
-    learning_curves,
-    mel_spectrogram,
-    metrics_table,
-    utterance_results,
-)
-from sonosco_mlflow.models.base import SpeechModel
+from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
-from sonosco_mlflow.serving.logging import log_recognizer
-from sonosco_mlflow.serving.recognizer import SpeechRecognizer
-from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
-from sonosco_mlflow.tracking.journal import Journal
+from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import DATA_DIGEST, TrackedRun, connect
-from sonosco_mlflow.tracking.provenance import describe_environment, snapshot_code
-from sonosco_mlflow.tracking.tensorboard import TensorBoard
+from sonosco_mlflow.tracking.mlflow_run import ALLOWED, PLACE, TrackedRun, connect
+from sonosco_mlflow.tracking.origin import Origin, data_digests
+from sonosco_mlflow.tracking.recording import Recording
+from sonosco_mlflow.tracking.resumption import Resumption, segment_folder
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
-from sonosco_mlflow.training.interruption import deferred_interrupts
+from sonosco_mlflow.training.interruption import LeaveAtOnce, deferred_interrupts
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
 
 C = TypeVar("C", bound=Callback)
 
+# Seconds that a run waits for a tracking server that is away: at its end, and where it was told to stop.
+PATIENCE_AT_END = 600.0
+PATIENCE_AT_STOP = 30.0
+
 
 class Experiment:
     """A run in MLflow, and the trainer that it runs.
 
-    Use :meth:`create`. In a ``with`` statement the run ends with the block: finished, stopped or failed as the block
-    was; elsewhere it ends with :meth:`start` or :meth:`stop`.
+    Use :meth:`create` or :meth:`resume`. In a ``with`` statement the run ends with the block: finished, interrupted or
+    failed as the block was; elsewhere it ends with :meth:`start` or :meth:`stop`.
 
     Args:
-        run: the open run.
+        run: the run.
+        lease: this process's right to train it.
         serializer: writes the trainer's objects into checkpoints.
         folder: the run's own files: checkpoints, journal, TensorBoard events, console log.
+        origin: code, environment and recipe.
+        resumption: what is known of a run that goes on, or None for a new one.
 
     Attributes:
         history: every recorded metric by step.
         test: what the evaluation after training gave, or None.
+        is_open: whether the run is being written to: it is not before a resume has proven right, nor after the end.
     """
 
-    def __init__(self, run: TrackedRun, serializer: Serializer, folder: Path) -> None:
+    def __init__(
+        self,
+        run: TrackedRun,
+        lease: Lease,
+        serializer: Serializer,
+        folder: Path,
+        origin: Origin,
+        resumption: Resumption | None = None,
+    ) -> None:
         self.run = run
+        self.lease = lease
         self.serializer = serializer
         self.folder = folder
+        self.origin = origin
+        self.resumption = resumption
         self.history = History()
         self.test: Validation | None = None
-        self.journal = Journal(folder / "journal.jsonl", run.log_rows)
-        self._resources = ExitStack()
+        self.recording = Recording(run, lease, folder)
+        self.is_open = resumption is None
         self._trainer: ModelTrainer | None = None
         self._checkpoint: ModelCheckpoint | None = None
-        self._in_block = False
-        self._closed = False
         self._test_loader: AudioDataLoader | None = None
-        self._resources.enter_context(console_log(folder / "console.log"))
+        self._in_block = False
+        self._resources = ExitStack()
+        segment = run.segment if resumption is None else run.segment + 1
+        # The log of an earlier segment may lie on another machine.
+        self._log = folder / ("console.log" if segment == 1 else f"console-{segment}.log")
+        self._resources.enter_context(console_log(self._log))
 
     @classmethod
     def create(
@@ -96,6 +113,9 @@ class Experiment:
     ) -> "Experiment":
         """Open a run and log where it comes from.
 
+        torch is set to deterministic algorithms and to the recipe's number of threads. Settings of your own leave the
+        number as it is; a resume sets it again.
+
         Args:
             config: the recipe, or any nested mapping of your own settings; logged flattened.
             serializer: writes the trainer's objects into checkpoints.
@@ -104,17 +124,62 @@ class Experiment:
             project: folder whose code is kept; the run's files go to ``project/runs``.
         """
         connect(project)
+        threads = config.training.threads if isinstance(config, Config) else torch.get_num_threads()
+        determinism.configure(threads)
         run = TrackedRun.open(experiment, "train", name)
         # A name in the UI may hold anything, a folder's may not.
         safe_name = re.sub(r"[^\w. -]+", "-", name or "train").strip(". ")[:100]
-        folder = project / "runs" / f"{safe_name}-{run.id[:6]}"
-        created = cls(run, serializer or Serializer(), folder)
+        place = f"{safe_name}-{run.id[:6]}"
         try:
-            created._log_provenance(config, project)
+            run.set_tags({PLACE: place})
+            lease = Lease.take(run.id)
+            lease.start()
+            origin = Origin.take(config, project)
+            run.set_tags(origin.tags())
+            run.log_parameters(dict(flatten(origin.settings)))
+            origin.log(run)
         except Exception as error:
-            created._close("failed", error)
+            run.end("failed", describe_failure(error))
             raise
-        return created
+        return cls(run, lease, serializer or Serializer(), project / "runs" / place, origin)
+
+    @classmethod
+    def resume(
+        cls,
+        run_id: str,
+        config: Config | Mapping[str, object] | None = None,
+        serializer: Serializer | None = None,
+        *,
+        allowed_changes: Iterable[str] = (),
+        project: Path = Path(),
+    ) -> "Experiment":
+        """Continue a run that was killed, stopped or failed, or a finished one that is given more epochs.
+
+        Nothing is needed but what MLflow kept. The run itself is touched by :meth:`setup_model_trainer`, once all that
+        its newest checkpoint belongs to has proven to be the same here.
+
+        Args:
+            run_id: a training run of this tracking store.
+            config: the recipe to go on with; by default the one that the run kept.
+            serializer: writes the trainer's objects into checkpoints.
+            allowed_changes: what may differ: ``config``, ``code``, ``data``, ``vocabulary``, ``environment``,
+                ``numerics``. The run records it.
+            project: folder with the code; the run's files go to ``project/runs``.
+
+        Raises:
+            UserError: there is no such training run, or another process trains it.
+        """
+        connect(project)
+        resumption = Resumption.begin(run_id, project, allowed_changes)
+        try:
+            threads = config.training.threads if isinstance(config, Config) else resumption.threads
+            determinism.configure(threads or torch.get_num_threads())
+            origin = Origin.take(resumption.settings if config is None else config, project)
+            arguments = (resumption.tracked, resumption.lease, serializer or Serializer(), resumption.folder, origin)
+            return cls(*arguments, resumption)
+        except BaseException:
+            resumption.lease.release()
+            raise
 
     def setup_model_trainer(
         self,
@@ -125,41 +190,59 @@ class Experiment:
         test_loader: AudioDataLoader | None = None,
         lineage: DataLineage | None = None,
     ) -> None:
-        """Attach this experiment to ``trainer``.
+        """Attach this experiment to ``trainer``; where a run goes on, put its state into the trainer.
 
         Args:
-            trainer: what :meth:`start` trains.
+            trainer: what :meth:`start` trains; for a run that goes on, made as it was the first time.
             checkpoints: keep its state at the end of each epoch, and at :meth:`stop`, in the run's folder and MLflow.
             tensorboard: write event files below ``runs/``.
             test_loader: evaluated once, after training.
             lineage: where the data comes from; by default only the loaders' manifests are known.
+
+        Raises:
+            UserError: the run would not go on as it began; the message says what differs, and the run stays as it was.
         """
         self._trainer = trainer
         self._test_loader = test_loader
         self._lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
-        self._log_data(self._lineage)
+        digests = {**self.origin.digests, **data_digests(trainer, self._lineage)}
         self.history = _own(trainer, History) or self.history
         if self.history not in trainer.callbacks:
             trainer.callbacks.insert(0, self.history)
-        trainer.attach(self.journal)
-        if tensorboard:
-            trainer.attach(TensorBoard(self.folder / "tensorboard"))
         if checkpoints:
-            self._checkpoint = _own(trainer, ModelCheckpoint) or ModelCheckpoint(self.folder / "checkpoints")
+            self._checkpoint = _own(trainer, ModelCheckpoint) or ModelCheckpoint()
             self._checkpoint.serializer = self.serializer
-            self._checkpoint.listeners.append(partial(upload_checkpoint, self.run))
+            self._checkpoint.digests = digests
             if self._checkpoint not in trainer.callbacks:
                 # Last, so that what it saves is what the others decided.
                 trainer.callbacks.append(self._checkpoint)
+        self.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard)
+        if self.resumption is None:
+            self._log_beginning()
+            return
+        try:
+            self.resumption.check(self.origin, digests, self._lineage)
+            self.resumption.restore(trainer)
+        except BaseException:
+            self._close("failed")
+            raise
+        if not (self.resumption.was_finished and trainer.finished):
+            self._go_on(self.resumption, trainer)
 
     def start(self) -> None:
-        """Train to the end, evaluate, and keep everything in MLflow.
+        """Train to the end, evaluate, and keep everything in MLflow. A finished run with nothing to do is left alone.
 
         Raises:
             KeyboardInterrupt: stopped by signal; call :meth:`stop`, which loses nothing.
             Exception: whatever the training raised; the run is marked as failed.
         """
         trainer = self._required_trainer()
+        if not self.is_open:
+            reason = f": {trainer.stop_reason}" if trainer.stop_reason else ""
+            print(f"run {self.run.id} finished after {trainer.progress.epoch} epochs{reason}; there is nothing to do")
+            self.run.leave()
+            self._close("finished")
+            return
         try:
             trainer.start_training()
             self._finish(trainer)
@@ -170,12 +253,24 @@ class Experiment:
             self._close("finished")
 
     def stop(self) -> None:
-        """Keep the trainer's whole state in MLflow and end the run as stopped; training can go on from there."""
-        # A launcher's second signal must not cut this off.
-        with deferred_interrupts():
-            if self._checkpoint is not None:
-                self._checkpoint.save(self._required_trainer())
-            self._close("stopped")
+        """Keep the trainer's whole state in MLflow and end the run as interrupted; training can go on from there.
+
+        Raises:
+            LeaveAtOnce: an interrupt from the keyboard while it is at it; what is saved by then stays saved.
+        """
+        if isinstance(sys.exception(), LeaveAtOnce):
+            self._leave()
+            return
+        trainer = self._required_trainer()
+        try:
+            # A launcher's SIGTERM behind the SIGINT must not cut this off; the user's second SIGINT may.
+            with deferred_interrupts(obeyed=SIGINT):
+                if self.is_open and self._checkpoint is not None and trainer.at_safe_point:
+                    self._checkpoint.save(trainer)
+                self._close("interrupted")
+        except LeaveAtOnce:
+            self._leave()
+            raise
 
     def __enter__(self) -> Self:
         self._in_block = True
@@ -186,104 +281,95 @@ class Experiment:
             self._close("finished")
         elif isinstance(error, Exception):
             self._close("failed", error)
+        elif isinstance(error, LeaveAtOnce):
+            self._leave()
         elif self._trainer is not None:
             self.stop()
         else:
-            self._close("stopped")
+            self._close("interrupted")
+
+    def _go_on(self, resumption: Resumption, trainer: ModelTrainer) -> None:
+        """Open the run again, with everything as it was at the checkpoint."""
+        self.run.reopen()
+        self.is_open = True
+        self.lease.start()
+        kept = frozenset() if self._checkpoint is None else self._checkpoint.kept
+        self.recording.resume(resumption, trainer.progress.micro_step, kept)
+        self._log_beginning()
+
+    def _leave(self) -> None:
+        """End the run without waiting for anything."""
+        self.recording.background.close()
+        self._resources.close()
+        if self.is_open:
+            self.is_open = False
+            self._end("interrupted", "")
+        self.lease.release()
 
     # ------------------------------------------------------------------ what goes to MLflow, and when
 
-    def _log_provenance(self, config: Config | Mapping[str, object], project: Path) -> None:
-        run = self.run
-        code = snapshot_code(project)
-        environment = describe_environment(torch.get_num_threads(), project)
-        settings = config.model_dump(mode="json") if isinstance(config, Config) else config
-        run.set_tags(
-            {
-                "sonosco.code_digest": code.digest,
-                "sonosco.commit": code.commit or "none",
-                "sonosco.dirty": str(code.dirty).lower(),
-                "sonosco.config_digest": settings_digest(settings),
-                "sonosco.environment_digest": environment.digest,
-            }
-        )
-        run.log_parameters(dict(flatten(settings)))
-        run.log_bytes(code.archive, "code/snapshot.zip")
-        run.log_text(code.patch, "code/uncommitted.patch")
-        run.log_text(code.git_json(), "code/git.json")
-        run.log_text(environment.requirements, "environment/requirements.txt")
-        run.log_text(json.dumps(environment.system, indent=1) + "\n", "environment/system.json")
-        if isinstance(config, Config):
-            run.log_text(config.to_yaml(), "config/params.yaml")
-
-    def _log_data(self, lineage: DataLineage) -> None:
-        self.run.set_tags({DATA_DIGEST: lineage.digest, **lineage.tags()})
-        self.run.log_text(lineage.to_json(), "data/lineage.json")
-        for split, path in lineage.manifest_paths.items():
-            self.run.log_dataset(split, lineage.manifests[split], path, context=split)
-        self.run.adopt_data_runs(lineage.digest)
+    def _log_beginning(self) -> None:
+        """Log what is known before the first step: of a new run, or of the segment that goes on."""
+        folder = segment_folder(self.run.segment)
+        self.run.set_tags({**self.origin.tags(), **self._lineage.tags()})
+        if self.resumption is not None:
+            self.origin.log(self.run, folder)
+            self.origin.log_recipe(self.run)
+            self.run.log_text(self.resumption.to_json(), f"{folder}segment.json")
+            if self.resumption.changes:
+                self.run.set_tags({ALLOWED: ",".join(sorted(self.resumption.changes))})
+        self._lineage.log(self.run, folder)
+        self.run.adopt_data_runs(self._lineage.digest)
 
     def _finish(self, trainer: ModelTrainer) -> None:
+        progress = trainer.progress
         if self._test_loader is not None:
             self.test = trainer.evaluate(self._test_loader, "test_")
-            self.journal.write(trainer.progress.step, self.test.metrics)
-        self.journal.flush()
-        if self._checkpoint is not None:
-            weights = self._checkpoint.save(trainer) / "model.safetensors"
+            # After the last position that a checkpoint could count: a resume makes it again.
+            self.recording.journal.write(progress.micro_step + 1, progress.step, self.test.metrics)
+        weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
+        self.recording.finish(PATIENCE_AT_END)
+        if weights is not None:
             self.run.set_tags({"sonosco.weights_digest": hashlib.sha256(weights.read_bytes()).hexdigest()})
-        self._describe(trainer)
-        self._log_results(trainer)
-        self._log_model(trainer)
-
-    def _describe(self, trainer: ModelTrainer) -> None:
-        validations = [result.metrics for result in (trainer.validation, self.test) if result is not None]
-        metrics = {name: value for result in validations for name, value in result.items()}
-        progress = trainer.progress
-        self.run.describe(
-            f"{type(trainer.model).__name__}, {progress.step} steps in {progress.epoch} epochs.\n\n"
-            f"{metrics_table(metrics)}\n{self._lineage.to_markdown()}\n"
-            f"Derive the test numbers again: `sonosco evaluate {self.run.id}`\n"
-        )
-
-    def _log_results(self, trainer: ModelTrainer) -> None:
-        for name, validation in (("validation", trainer.validation), ("test", self.test)):
-            if validation is not None and validation.hypotheses:
-                results = utterance_results(validation)
-                self.run.log_table([vars(result) for result in results], f"evaluation/{name}_hypotheses.json")
-        curves = {name: self.history.curve(name) for name in self.history.names()}
-        self.run.log_bytes(learning_curves(curves), "evaluation/learning_curves.png")
-        loader = self._test_loader or trainer.val_loader or trainer.train_loader
-        if loader is not None and isinstance(loader.dataset, AudioDataset):
-            sample = loader.dataset[0]
-            self.run.log_bytes(mel_spectrogram(sample), "evaluation/mel_spectrogram.png")
-            if isinstance(trainer.model, SpeechModel):
-                picture = alignment_picture(trainer.model, loader.tokenizer, sample)
-                self.run.log_bytes(picture, "evaluation/alignment.png")
-
-    def _log_model(self, trainer: ModelTrainer) -> None:
-        if not isinstance(trainer.model, SpeechModel) or trainer.train_loader is None:
-            return
-        dataset = trainer.train_loader.dataset
-        recognizer = SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics)
-        with tempfile.TemporaryDirectory() as scratch:
-            log_recognizer(recognizer, Path(scratch))
+        log_results(self.run, trainer, self.history, self.test, self._test_loader, self._lineage)
 
     def _close(self, state: str, error: Exception | None = None) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        message = "" if error is None else describe_failure(error)
-        with deferred_interrupts():
-            self.journal.close()
+        if not self.is_open:
             self._resources.close()
-            with (self.folder / "console.log").open("a", encoding="utf-8") as log:
-                log.write(message + "\n" if message else "")
-            self.run.log_file(self.folder / "console.log", "logs")
-            if self.journal.path.exists():
-                self.run.log_file(self.journal.path)
-            if (self.folder / "tensorboard").exists():
-                self.run.log_folder(self.folder / "tensorboard", "tensorboard")
+            self.lease.release()
+            return
+        self.is_open = False
+        message = "" if error is None else describe_failure(error)
+        with deferred_interrupts(obeyed=SIGINT):
+            try:
+                self._deliver_rest(message)
+            except Exception as second:
+                if state == "finished":
+                    state, message = "failed", describe_failure(second)
+                    raise
+                # The first reason is the one to tell.
+                print(f"MLflow lacks some of what run {self.run.id} recorded last: {second}", file=sys.stderr)
+            finally:
+                self._end(state, message)
+                self.lease.release()
+
+    def _deliver_rest(self, message: str) -> None:
+        """Deliver what waits, the console log, and what is written at the end."""
+        self._resources.close()
+        with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
+            # Where the disk is full, the run's tag has the message all the same.
+            log.write(message + "\n" if message else "")
+        if not self.recording.background.failed:
+            self.recording.finish(PATIENCE_AT_STOP)
+        self.run.log_file(self._log, "logs")
+        self.recording.close()
+
+    def _end(self, state: str, message: str) -> None:
+        try:
             self.run.end(state, message)
+        except Exception as error:
+            # The next command finds the run as vanished, and can continue it.
+            print(f"MLflow could not be told that run {self.run.id} is {state}: {error}", file=sys.stderr)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from sonosco_mlflow.serialization.parameters import serializable
+
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 
 
@@ -82,11 +84,13 @@ def _count(
     )
 
 
+@serializable
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """Return summed word errors over summed reference words, a fraction (0.08 is 8 %)."""
     return word_errors(references, hypotheses).rate
 
 
+@serializable
 def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """Return summed character errors over summed reference characters, a fraction."""
     return character_errors(references, hypotheses).rate

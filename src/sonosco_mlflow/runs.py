@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.evaluation import (
@@ -24,16 +26,22 @@ from sonosco_mlflow.metrics import character_error_rate, word_error_rate
 from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer, check_recipe
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+from sonosco_mlflow.tracking.identity import data_difference
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import (
     DATA_DIGEST,
+    STATE,
     TrackedRun,
     connect,
     download,
     experiment_name,
     find_run,
+    recorded_settings,
 )
+from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
+from sonosco_mlflow.tracking.restoration import restore_data
+from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
 from sonosco_mlflow.training.validation import evaluate as evaluate_model
@@ -48,7 +56,9 @@ class Outcome:
     results: Sequence[UtteranceResult]
 
 
-def train(config: Config, project: Path, *, prepare: bool = True, results: Path | None = None) -> Outcome:
+def train(
+    config: Config, project: Path, *, prepare: bool = True, results: Path | None = None, go_on: bool = False
+) -> Outcome | None:
     """Train a recipe from its data to a finished run in MLflow, and print what came of it.
 
     Args:
@@ -56,35 +66,107 @@ def train(config: Config, project: Path, *, prepare: bool = True, results: Path 
         project: folder with ``dvc.yaml``.
         prepare: bring the data up to date first; inside a DVC stage it already is.
         results: folder for what DVC keeps of a run: its id, its metrics, its learning curves.
+        go_on: continue the newest run of this very recipe, code and data that did not come to its end, if there is one:
+            a DVC stage that was killed is run again by the same command.
+
+    Returns:
+        How it ended; None where a run that is continued was finished already.
 
     Raises:
         KeyboardInterrupt: stopped by signal; the state is kept and the run can be continued.
     """
     # Mistakes are to be told before minutes go into data.
     settings = check_recipe(config)
-    determinism.configure(config.training.threads)
+    if go_on and (unfinished := _unfinished(config, project)) is not None:
+        print(f"continuing run {unfinished}, which did not come to its end")
+        return resume(unfinished, project, prepare=prepare, results=results)
     name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
     with Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project) as experiment:
         experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
         folder = prepare_data(config, project) if prepare else ready_data(config, project)
-        loaders = build_loaders(config, folder)
-        trainer = build_trainer(config, loaders)
-        trainer.attach(ProgressBar())
-        trainer.callbacks.append(ModelCheckpoint(experiment.folder / "checkpoints", **config.checkpoint.model_dump()))
-        experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
-        try:
-            experiment.start()
-        except KeyboardInterrupt:
-            print(f"stopped at step {trainer.progress.step}; run {experiment.run.id} keeps the whole state")
-            raise
-        assert trainer.validation is not None
-        assert experiment.test is not None
-        metrics = {**trainer.validation.metrics, **experiment.test.metrics}
-        if results is not None:
-            _write_train_results(results, experiment, metrics)
-        outcome = Outcome(experiment.run.id, metrics, utterance_results(experiment.test))
-        print(report(outcome))
+        return _train(experiment, config, folder, results)
+
+
+def resume(
+    run_id: str,
+    project: Path,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    allowed_changes: Iterable[str] = (),
+    prepare: bool = True,
+    results: Path | None = None,
+) -> Outcome | None:
+    """Continue a run from what MLflow and DVC kept, in the same run of MLflow, and print what came of it.
+
+    Args:
+        run_id: a training run.
+        project: folder with ``dvc.yaml`` and the code.
+        overrides: keys of the recipe to go on with other values: ``training.epochs``, say.
+        allowed_changes: what may differ from what the run began with.
+        prepare: bring the run's data by its digests first; inside a DVC stage it is there.
+        results: folder for what DVC keeps of a run.
+
+    Returns:
+        How it ended; None where the run was finished already and nothing was to be done.
+
+    Raises:
+        UserError: there is no such run, it is being trained, or it would not go on as it began.
+        KeyboardInterrupt: stopped by signal; the state is kept and the run can be continued.
+    """
+    connect(project)
+    run = find_run(run_id)
+    tracked = TrackedRun.find(run)
+    recorded = Config.resolve(recorded_settings(run_id), {}, origin=f"run {run_id}")
+    config = Config.resolve(recorded.model_dump(mode="json"), overrides or {}, origin=f"run {run_id}")
+    if run.data.tags.get(STATE) == "finished" and config.training.epochs == recorded.training.epochs:
+        print(f"run {run_id} is finished; there is nothing to do, unless with --set training.epochs=...")
+        tracked.leave()
+        return None
+    check_recipe(config)
+    with Experiment.resume(run_id, config, allowed_changes=allowed_changes, project=project) as experiment:
+        folder = _data_of(experiment, config, project) if prepare else ready_data(config, project)
+        return _train(experiment, config, folder, results)
+
+
+def _train(experiment: Experiment, config: Config, folder: DataFolder, results: Path | None) -> Outcome | None:
+    loaders = build_loaders(config, folder)
+    trainer = build_trainer(config, loaders)
+    trainer.attach(ProgressBar())
+    trainer.callbacks.append(ModelCheckpoint(**config.checkpoint.model_dump()))
+    experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
+    continues = experiment.is_open
+    try:
+        experiment.start()
+    except KeyboardInterrupt:
+        print(f"stopped at step {trainer.progress.step}; `sonosco resume {experiment.run.id}` continues it")
+        raise
+    if not continues:
+        return None
+    assert trainer.validation is not None
+    assert experiment.test is not None
+    metrics = {**trainer.validation.metrics, **experiment.test.metrics}
+    if results is not None:
+        _write_train_results(results, experiment, metrics)
+    outcome = Outcome(experiment.run.id, metrics, utterance_results(experiment.test))
+    print(report(outcome))
     return outcome
+
+
+def _unfinished(config: Config, project: Path) -> str | None:
+    connect(project)
+    determinism.configure(config.training.threads)
+    lineage = DataLineage.of_folder(ready_data(config, project))
+    return find_unfinished(config.tracking.experiment, Origin.take(config, project), lineage.digest)
+
+
+def _data_of(experiment: Experiment, config: Config, project: Path) -> DataFolder:
+    """Bring the data that the run used, by its digests; where a change of it is allowed, that of the recipe."""
+    assert experiment.resumption is not None
+    tags = experiment.resumption.run.data.tags
+    if DATA_DIGEST not in tags or "data" in experiment.resumption.allowed:
+        return prepare_data(config, project)
+    explain = partial(data_difference, experiment.run.id)
+    return restore_data(config, project, experiment.resumption.data_lock(), tags[DATA_DIGEST], explain)
 
 
 def bring_data(config: Config, project: Path) -> DataLineage:
@@ -92,11 +174,9 @@ def bring_data(config: Config, project: Path) -> DataLineage:
     connect(project)
     with TrackedRun.open(config.tracking.experiment, "data", f"data-{config.data.corpus}") as run:
         lineage = DataLineage.of_folder(prepare_data(config, project))
-        run.set_tags({DATA_DIGEST: lineage.digest, **lineage.tags()})
+        run.set_tags(lineage.tags())
         run.log_text(config.to_yaml(), "config/params.yaml")
-        run.log_text(lineage.to_json(), "data/lineage.json")
-        for split, path in lineage.manifest_paths.items():
-            run.log_dataset(split, lineage.manifests[split], path, context=split)
+        lineage.log(run)
         run.describe(f"Data of the recipe `{config.data.corpus}`.\n\n{lineage.to_markdown()}")
         training = run.newest_training_on(lineage.digest)
         if training is not None:

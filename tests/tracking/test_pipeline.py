@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+from dvc.config import Config as Settings
+from ruamel.yaml import YAML
 
 from project import make_project
 from sonosco_mlflow.config import Config
@@ -8,7 +10,8 @@ from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data, stage_outputs
+from sonosco_mlflow.tracking.pipeline import lock_text, make_private, prepare_data, ready_data, remotes, stage_outputs
+from sonosco_mlflow.tracking.restoration import restore_data
 
 OUTPUTS = {"data/corpus", "data/manifests", "data/features"}
 
@@ -82,3 +85,69 @@ def test_a_source_that_does_not_exist_is_named(project: Path) -> None:
 def test_without_a_pipeline_there_is_a_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no dvc\.yaml here"):
         prepare_data(Config(), tmp_path)
+
+
+def test_the_lock_of_the_data_names_the_data_stages_alone(project: Path, own: DataFolder, tmp_path: Path) -> None:
+    lock = project / "dvc.lock"
+    before = lock.read_text()
+    lock.write_text(before + "  train:\n    cmd: train\n")
+    text = lock_text(own)
+    lock.write_text(before)
+    assert text == lock_text(own)
+    assert YAML(typ="safe").load(text) == YAML(typ="safe").load(before)
+    assert lock_text(DataFolder(tmp_path / "data")) is None
+
+
+def test_a_runs_data_is_used_as_it_lies_there_or_comes_from_the_cache(
+    project: Path, own: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(workspace: Path) -> None:
+        raise AssertionError("a stage was run")
+
+    monkeypatch.setattr("sonosco_mlflow.tracking.restoration.reproduce", refuse)
+    digest = DataLineage.of_folder(own).digest
+    arguments = (recipe(project), project, lock_text(own), digest)
+    others = set((project / ".sonosco" / "data").glob("*"))
+    assert restore_data(*arguments) == own
+    assert set((project / ".sonosco" / "data").glob("*")) == others
+
+    # Edited in place: neither the manifests nor dvc.lock show it.
+    lock = (project / "dvc.lock").read_bytes()
+    shard = next(own.features.rglob("*.npy"))
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    edited = shard.read_bytes()
+    try:
+        restored = restore_data(*arguments)
+        assert shard.read_bytes() == edited != before
+    finally:
+        shard.write_bytes(before)
+    assert project / ".sonosco" in restored.root.parents
+    assert DataLineage.of_folder(restored).digest == digest
+    assert (restored.features / shard.relative_to(own.features)).read_bytes() == before
+    assert (project / "dvc.lock").read_bytes() == lock
+
+
+def test_a_private_workspace_has_the_projects_settings(project: Path, own: DataFolder, tmp_path: Path) -> None:
+    config = project / ".dvc" / "config"
+    before = config.read_text()
+    config.write_text(f'{before}    remote = near\n[remote "near"]\n    url = ../../near\n[cache]\n    type = copy\n')
+    (project / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {tmp_path / 'shared'}\n")
+    workspace = project / ".sonosco" / "data" / "settings"
+    try:
+        for _ in range(2):
+            make_private(workspace, recipe(project), project)
+        settings = Settings(str(workspace / ".dvc"))
+        assert settings["remote"]["near"]["url"] == str(project.parent / "near")
+        assert settings["cache"]["dir"] == str(tmp_path / "shared")
+        assert settings["cache"]["type"] == ["copy"]
+        assert settings["core"]["no_scm"]
+        assert remotes(workspace) == ["near"]
+        config.write_text(before + '[remote "a"]\n    url = /a\n[remote "b"]\n    url = /b\n')
+        (project / ".dvc" / "config.local").unlink()
+        make_private(workspace, recipe(project), project)
+        assert remotes(workspace) == ["a", "b"]
+        assert Settings(str(workspace / ".dvc"))["cache"]["dir"] == str(project / ".dvc" / "cache")
+    finally:
+        config.write_text(before)
+        (project / ".dvc" / "config.local").unlink(missing_ok=True)

@@ -362,13 +362,13 @@ def test_in_a_terminal_the_bar_leaves_the_cursor_as_it_was(tone_manifest: Manife
 # ------------------------------------------------------------------ all of them
 
 
-def test_every_callback_is_exported_and_can_be_written_down_and_built_again(tmp_path: Path) -> None:
+def test_every_callback_is_exported_and_can_be_written_down_and_built_again() -> None:
     arguments: dict[str, dict[str, Any]] = {
         "StepwiseLearningRateReduction": {"every_epochs": 2},
         "ScheduledLearningRateReduction": {"epochs": [1, 2]},
         "LinearWarmUp": {"steps": 10},
         "SoftWindow": {"epochs": 1},
-        "ModelCheckpoint": {"directory": tmp_path, "every_steps": 5},
+        "ModelCheckpoint": {"every_steps": 5, "every_epochs": None, "keep_every_steps": 10},
     }
     for name in package.__all__:
         document = Serializer().describe(getattr(package, name)(**arguments.get(name, {})))
@@ -377,3 +377,9 @@ def test_every_callback_is_exported_and_can_be_written_down_and_built_again(tmp_
         assert Serializer().describe(again) == document
         for key, value in arguments.get(name, {}).items():
             assert getattr(again, key) == value
+
+
+def test_where_checkpoints_lie_is_not_written_down(tmp_path: Path) -> None:
+    documents = [Serializer().describe(package.ModelCheckpoint(folder)) for folder in (None, tmp_path / "a", "b")]
+    assert documents[0] == documents[1] == documents[2]
+    assert Deserializer().build(documents[0]).directory is None

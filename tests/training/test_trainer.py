@@ -331,3 +331,141 @@ def test_progress_counts_what_was_consumed(tone_manifest: Manifest) -> None:
     assert progress.micro_step == sum(loader.batches_in(epoch) for epoch in range(EPOCHS))
     assert progress.utterances == EPOCHS * 14
     assert progress.frames == EPOCHS * sum(loader.dataset.frames)
+
+
+# ------------------------------------------------------------------ what callbacks raise
+
+
+class Strikes(Events):
+    """Raises in one event, at step 2."""
+
+    def __init__(self, event: str) -> None:
+        super().__init__()
+        self.event = event
+
+    def strike(self, event: str, trainer: ModelTrainer) -> None:
+        if event == self.event and trainer.progress.step == 2:
+            raise ValueError(f"in {event}")
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        super().on_step_end(trainer)
+        self.strike("on_step_end", trainer)
+
+    def on_metrics(self, trainer: ModelTrainer, metrics: Mapping[str, float]) -> None:
+        super().on_metrics(trainer, metrics)
+        self.strike("on_metrics", trainer)
+
+    def on_validation_end(self, trainer: ModelTrainer, validation: Validation) -> None:
+        super().on_validation_end(trainer, validation)
+        self.strike("on_validation_end", trainer)
+
+    def on_epoch_end(self, trainer: ModelTrainer, epoch: int) -> None:
+        super().on_epoch_end(trainer, epoch)
+        self.strike("on_epoch_end", trainer)
+
+    def on_safe_point(self, trainer: ModelTrainer) -> None:
+        super().on_safe_point(trainer)
+        self.strike("on_safe_point", trainer)
+
+
+def struck_trainer(manifest: Manifest, *callbacks: Callback) -> ModelTrainer:
+    """One epoch of two steps, the second of which ends in a validation."""
+    loader = tone_loader(manifest[:4], frames_per_batch=1)
+    settings: dict[str, Any] = {"epochs": 1, "accumulation": 2, "validate_every_steps": None}
+    return new_trainer(manifest, train_loader=loader, callbacks=callbacks, **settings)
+
+
+LAST_STEP = ["gradients", "step 2", "metrics train_loss", "metrics val_loss", "validation", "end of epoch 0"]
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_metrics", "on_validation_end", "on_epoch_end"])
+def test_a_callback_that_fails_within_a_step_lets_it_finish(event: str, tone_manifest: Manifest) -> None:
+    before, after, observer = Events(), Events(), Events()
+    failing = Strikes(event)
+    trainer = struck_trainer(tone_manifest, before, failing, after)
+    trainer.attach(observer)
+    with pytest.raises(ValueError, match=f"in {event}") as caught:
+        trainer.start_training()
+    for events in (before, failing, after, observer):
+        assert events.log[-7:] == [*LAST_STEP, f"exception in {event}"]
+    assert trainer.failure is caught.value
+    assert trainer.at_safe_point
+    assert (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step) == (1, 0, 2)
+    undisturbed = struck_trainer(tone_manifest)
+    undisturbed.start_training()
+    assert tensor_bytes(trainer.model.state_dict()) == tensor_bytes(undisturbed.model.state_dict())
+
+
+def test_of_several_failures_the_first_is_raised(tone_manifest: Manifest) -> None:
+    trainer = struck_trainer(tone_manifest, Strikes("on_metrics"), Strikes("on_step_end"))
+    with pytest.raises(ValueError, match="in on_step_end"):
+        trainer.start_training()
+
+
+def test_between_two_steps_a_callback_fails_at_once(tone_manifest: Manifest) -> None:
+    before, after = Events(), Events()
+    trainer = struck_trainer(tone_manifest, before, Strikes("on_safe_point"), after)
+    with pytest.raises(ValueError, match="in on_safe_point"):
+        trainer.start_training()
+    assert before.log[-2:] == ["safe", "exception in on_safe_point"]
+    assert after.log[-2:] == ["end of epoch 0", "exception in on_safe_point"]
+    assert trainer.failure is None
+    assert trainer.at_safe_point
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_validation_end"])
+def test_what_an_observer_raises_is_raised_at_once(event: str, tone_manifest: Manifest) -> None:
+    callback, observer, after = Events(), Strikes(event), Events()
+    trainer = struck_trainer(tone_manifest, callback)
+    for each in (observer, after):
+        trainer.attach(each)
+    with pytest.raises(ValueError, match=f"in {event}"):
+        trainer.start_training()
+    last = "step 2" if event == "on_step_end" else "validation"
+    assert callback.log[-2:] == observer.log[-2:] == [last, f"exception in {event}"]
+    assert last not in after.log
+    assert trainer.failure is None
+    assert not trainer.at_safe_point
+
+
+class FailsTwice(Strikes):
+    def on_exception(self, trainer: ModelTrainer, error: BaseException) -> None:
+        super().on_exception(trainer, error)
+        raise OSError("no room to tell")
+
+
+def test_every_callback_hears_of_an_exception_even_if_one_of_them_fails_again(tone_manifest: Manifest) -> None:
+    callbacks = [Events(), FailsTwice("on_step_end"), Events()]
+    observer = Events()
+    trainer = struck_trainer(tone_manifest, *callbacks)
+    trainer.attach(observer)
+    with pytest.raises(ValueError, match="in on_step_end") as caught:
+        trainer.start_training()
+    assert [events.log.count("exception in on_step_end") for events in (*callbacks, observer)] == [1, 1, 1, 1]
+    assert caught.value.__notes__ == ["after it, FailsTwice failed as well: OSError('no room to tell')"]
+
+
+def test_a_training_that_failed_can_be_started_again(tone_manifest: Manifest) -> None:
+    failing = Strikes("on_step_end")
+    trainer = struck_trainer(tone_manifest, failing)
+    with pytest.raises(ValueError, match="in on_step_end"):
+        trainer.start_training()
+    trainer.epochs = 2
+    failing.event = "none"
+    trainer.continue_training()
+    assert trainer.failure is None
+    assert trainer.finished
+
+
+def test_the_last_validation_is_part_of_the_state(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest)
+    untrained: Any = trainer.state_dict()
+    assert untrained["trainer"]["validation"] is None
+    trainer.start_training()
+    assert trainer.validation is not None
+    resumed = new_trainer(tone_manifest)
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.validation == trainer.validation
+    assert resumed.validation is not trainer.validation
+    resumed.load_state_dict(untrained)
+    assert resumed.validation is None

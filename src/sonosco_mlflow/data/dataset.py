@@ -4,7 +4,10 @@ Features come from a :class:`~sonosco_mlflow.data.features.FeatureStore` where t
 audio; both ways give the same numbers.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import soundfile
@@ -17,6 +20,8 @@ from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.processor import AudioDataProcessor
 from sonosco_mlflow.determinism import random_stream
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.parameters import qualified_name
+from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.text import Tokenizer
 
 
@@ -70,6 +75,19 @@ class AudioDataset:
     def __len__(self) -> int:
         return len(self.manifest)
 
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal sha256 of all that its samples depend on, save the audio itself."""
+        parts = [
+            self.manifest.digest,
+            self.tokenizer.digest,
+            _description(self.processor),
+            _description(self.statistics),
+            _description(self.augmentation),
+            self.seed,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def __getitem__(self, position: int) -> Sample:
         """Return the utterance at ``position`` without augmentation."""
         utterance = self.manifest[position]
@@ -110,3 +128,11 @@ class AudioDataset:
         # Resampling gives ceil(samples * new / old) samples.
         samples = -(-header.frames * self.processor.sample_rate // header.samplerate)
         return self.processor.frames(samples)
+
+
+def _description(part: object) -> object:
+    try:
+        return Serializer().describe(part)
+    except UserError:
+        # An augmentation of the user's that remembers no parameters: its name is all that is known.
+        return qualified_name(type(part))

@@ -4,6 +4,7 @@ The cursor is an argument: ``loader.epoch(3, start=120)`` begins at batch 120 of
 before it. What a worker prefetched is nobody's state; the consumer counts what it consumed.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
@@ -104,6 +105,11 @@ class AudioDataLoader:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the dataset."""
         return self.dataset.tokenizer
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 of all that the batches depend on; the number of workers is none of it."""
+        return hashlib.sha256(f"{self.dataset.digest} {self.plan.digest}".encode()).hexdigest()
 
     def batches_in(self, epoch: int) -> int:
         """Return the number of batches of ``epoch``."""

@@ -1,33 +1,71 @@
-"""Writing files so that they survive a crash: the one place that writes, syncs and renames.
+"""Writing files so that they survive a crash: the one place that writes, syncs, renames and removes.
 
-A file written here either stands under its name, whole and on the disk, or does not stand there at all.
+A file written here either stands under its name, whole and on the disk, or does not stand there at all. Every
+operation goes through a function of ``os`` in this module, so that a test can make any of them fail, or the process
+die at it.
 """
 
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to a new file and sync it to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write ``content`` to the file ``path`` and sync it; its name is durable once its directory is synced."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        with _naming(path):
+            _write_all(descriptor, content)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors of an open file name it: the system knows it by a number only."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        # The system may take less than it was given.
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def sync_directory(directory: Path) -> None:
     """Sync the names in ``directory`` to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _naming(directory):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def make_directory(directory: Path) -> None:
+    """Make ``directory`` and what is missing above it, durably."""
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    try:
+        os.mkdir(directory)
+    except FileExistsError:
+        # Another process may have made it meanwhile; a file of that name is something else.
+        if not directory.is_dir():
+            raise
+    sync_directory(directory.parent)
+
+
 def rename(source: Path, target: Path) -> None:
     """Give ``source`` the name ``target`` in one step, durably; a file of that name is replaced."""
-    source.replace(target)
+    os.replace(source, target)
     sync_directory(target.parent)
 
 
@@ -38,17 +76,50 @@ def replace_bytes(path: Path, content: bytes) -> None:
     rename(partial, path)
 
 
-def replace_directory(source: Path, target: Path) -> None:
-    """Give the directory ``source`` the name ``target``; a directory of that name is removed, once it is superseded."""
-    superseded = target.with_name(f".removing-{target.name}")
-    if target.exists():
-        rename(target, superseded)
-    rename(source, target)
-    shutil.rmtree(superseded, ignore_errors=True)
-
-
 def remove_directory(directory: Path) -> None:
-    """Remove ``directory`` so that it never stands half-removed under its own name."""
+    """Remove ``directory``, which holds files only, so that it never stands half-removed under its own name."""
     doomed = directory.with_name(f".removing-{directory.name}")
     rename(directory, doomed)
-    shutil.rmtree(doomed)
+    clear_directory(doomed)
+
+
+def clear_directory(directory: Path) -> None:
+    """Remove a directory of files that nobody reads any more; of a link, not what it leads to."""
+    if directory.is_symlink():
+        os.unlink(directory)
+        return
+    for entry in sorted(directory.iterdir()):
+        os.unlink(entry)
+    os.rmdir(directory)
+
+
+class AppendedFile:
+    """A file that only grows. What was appended survives the death of this process; once synced, that of the machine.
+
+    Args:
+        path: the file; it is made if need be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        make_directory(path.parent)
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            sync_directory(path.parent)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def append(self, content: bytes) -> None:
+        """Append ``content``."""
+        with _naming(self._path):
+            _write_all(self._descriptor, content)
+
+    def sync(self) -> None:
+        """Return when all that was appended is on the disk."""
+        with _naming(self._path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)

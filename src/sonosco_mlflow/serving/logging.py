@@ -1,11 +1,13 @@
 """Logging a recognizer as an MLflow model of the active run."""
 
+import hashlib
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
 import numpy as np
+from mlflow.entities import LoggedModelStatus
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
@@ -20,19 +22,27 @@ SIGNATURE = ModelSignature(
 # What transcribing needs, and the package imports on the way.
 _REQUIREMENTS = ("mlflow", "torch", "torchaudio", "soundfile", "safetensors", "numpy", "pydantic", "ruamel.yaml")
 _PACKAGE = Path(__file__).resolve().parents[1]
+_NAME = "model"
+_DIGEST = "sonosco.recognizer_digest"
 
 
 def log_recognizer(recognizer: SpeechRecognizer, scratch: Path) -> None:
     """Log ``recognizer`` under the name ``model`` in the active run; ``scratch`` is an empty folder.
 
-    The package's own code goes with it, so that the model loads where the package is not installed.
+    The package's own code goes with it, so that the model loads where the package is not installed. A run that was
+    killed at its end comes by here again: the very same model is logged once.
     """
     recognizer.save(scratch / "recognizer")
+    files = sorted((scratch / "recognizer").iterdir())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    if _is_logged(digest):
+        return
     with warnings.catch_warnings():
         # It advises examples and annotations even where the signature is given, and warns of its own classes.
         warnings.filterwarnings("ignore", message=".*(input example|type hint).*", category=UserWarning)
         mlflow.pyfunc.log_model(
-            name="model",
+            name=_NAME,
+            tags={_DIGEST: digest},
             python_model=str(_PACKAGE / "serving" / "pyfunc.py"),
             artifacts={"recognizer": str(scratch / "recognizer")},
             code_paths=[str(_PACKAGE)],
@@ -41,6 +51,20 @@ def log_recognizer(recognizer: SpeechRecognizer, scratch: Path) -> None:
             pip_requirements=[f"{name}=={version(name)}" for name in _REQUIREMENTS],
             metadata={"sample_rate": recognizer.processor.sample_rate},
         )
+
+
+def _is_logged(digest: str) -> bool:
+    """Return whether the active run has this model; what a crash left half-made is removed."""
+    client, run = mlflow.MlflowClient(), mlflow.active_run()
+    assert run is not None
+    found = False
+    for model in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"):
+        if model.name != _NAME:
+            continue
+        if model.status != LoggedModelStatus.READY:
+            client.delete_logged_model(model.model_id)
+        found = found or (model.status == LoggedModelStatus.READY and model.tags.get(_DIGEST) == digest)
+    return found
 
 
 def load_recognizer(run_id: str, scratch: Path) -> SpeechRecognizer:

@@ -1,38 +1,103 @@
-"""The journal: one line for every recording of metrics, in the order in which they were made.
+"""The journal: one line for every recording of metrics or texts, in the order in which they were made.
 
-It is the run's own record. MLflow is fed from it in batches, and a row keeps the time of its first writing, so that
-sending it again changes nothing.
+It is the run's own record; MLflow and TensorBoard show what it holds. A row keeps the time of its first writing, so
+that sending it again changes nothing. It is on the disk before the checkpoint that counts it. A run that continues from
+a checkpoint takes back the rows after it and makes them anew; what the tracking store already has of those is compared
+bit for bit and not sent again.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.durable import AppendedFile, make_directory, replace_bytes
 from sonosco_mlflow.serialization.state import encode_float
-from sonosco_mlflow.training.callbacks.base import Callback
+from sonosco_mlflow.training.callbacks.base import TIMINGS, Callback
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
 
 # A store's batch costs as much as one row does: rows are sent together, and still soon enough to watch.
 SECONDS_BETWEEN_BATCHES = 2.0
+JOURNAL = "journal.jsonl"
+
+
+class DivergedError(UserError):
+    """A step that was made again came out otherwise than the tracking store says it did."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One row that the tracking store holds: the value of a metric at a step, and when it was written."""
+
+    value: float
+    timestamp: int
+
+
+Records = Mapping[tuple[str, int], Recorded]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Metrics recorded together at one optimizer step; ``timestamp`` in milliseconds since 1970."""
+    """What was recorded together; ``timestamp`` in milliseconds since 1970.
 
+    Attributes:
+        micro_step: batches trained on by then, the position by which a checkpoint counts the row.
+        step: optimizer steps made by then, the position that is shown.
+        timestamp: of the first writing.
+        metrics: by name.
+        texts: Markdown by name.
+    """
+
+    micro_step: int
     step: int
     timestamp: int
-    metrics: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
-    def line(self) -> str:
+    def line(self) -> bytes:
         """Return the row as a line of JSON."""
-        metrics = {name: encode_float(value) for name, value in self.metrics.items()}
-        return json.dumps({"step": self.step, "timestamp": self.timestamp, "metrics": metrics}) + "\n"
+        content = {**vars(self), "metrics": {name: encode_float(value) for name, value in self.metrics.items()}}
+        return (json.dumps({key: value for key, value in content.items() if value != {}}) + "\n").encode()
+
+    @classmethod
+    def read(cls, line: bytes) -> "Row":
+        """Read what :meth:`line` returned.
+
+        Raises:
+            ValueError: it is no such line.
+        """
+        content = json.loads(line)
+        metrics = {
+            name: float(value["$float"]) if isinstance(value, dict) else float(value)
+            for name, value in content.pop("metrics", {}).items()
+        }
+        return cls(**content, metrics=metrics)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a journal; a last line that a crash cut short is none.
+
+    Raises:
+        UserError: a line in its middle is no row; the message names it.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(Row.read(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path}:{number}: not a row of a journal ({error}); remove the file, and the run's artifact is used"
+            ) from error
+    return rows
 
 
 class Journal(Callback):
@@ -41,49 +106,154 @@ class Journal(Callback):
     Args:
         path: the file; it is appended to.
         send: takes rows that were not sent before, in order.
+        deliver: has the given delivery done soon; by default at once.
+
+    Attributes:
+        verified_steps: steps that were made again and came out as the tracking store has them.
+        differing_steps: steps that came out otherwise.
     """
 
-    def __init__(self, path: Path, send: Callable[[list[Row]], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        send: Callable[[list[Row]], None],
+        deliver: Callable[[Callable[[], None]], None] = lambda task: task(),
+    ) -> None:
         self.path = path
         self.send = send
-        self._file: TextIO | None = None
+        self.deliver = deliver
+        self.verified_steps: set[int] = set()
+        self.differing_steps: set[int] = set()
+        self._recorded: Records = {}
+        self._may_differ = False
+        self._last_steps: dict[str, int] = {}
+        self._file: AppendedFile | None = None
+        self._lock = threading.Lock()
         self._unsent: list[Row] = []
         self._sent_at = time.monotonic()
 
-    def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
-        """Write a row at the trainer's step."""
-        self.write(trainer.progress.step, metrics)
+    def resume(self, rows: list[Row], micro_step: int, recorded: Records, *, may_differ: bool = False) -> list[Row]:
+        """Become the journal as it was at ``micro_step``, and return its rows.
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a row."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        row = Row(step, time.time_ns() // 1_000_000, dict(metrics))
-        self._file.write(row.line())
-        self._unsent.append(row)
+        Args:
+            rows: what is known of the journal.
+            micro_step: batches trained on at the checkpoint; rows after it are taken back.
+            recorded: what the tracking store holds of this run. What it lacks of the kept rows is sent, what it holds
+                beyond them is to come out again.
+            may_differ: whether it may come out otherwise, because a change was allowed. The store keeps its first row,
+                which no call can replace; this file has the new one.
+        """
+        kept = [row for row in rows if row.micro_step <= micro_step]
+        make_directory(self.path.parent)
+        replace_bytes(self.path, b"".join(row.line() for row in kept))
+        with self._lock:
+            self._recorded = recorded
+            self._may_differ = may_differ
+            self._last_steps = {name: row.step for row in kept for name in row.metrics}
+            self._unsent = [missing for row in kept if (missing := self._not_recorded(row)).metrics]
+        return kept
+
+    def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
+        """Write a row at the trainer's position."""
+        self.write(trainer.progress.micro_step, trainer.progress.step, metrics)
+
+    def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
+        """Write a row with a text at the trainer's position."""
+        progress = trainer.progress
+        self._append(Row(progress.micro_step, progress.step, _now(), texts={name: text}))
+
+    def write(self, micro_step: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a row of metrics.
+
+        Raises:
+            UserError: a metric was already recorded at this step.
+            DivergedError: the tracking store has another value at this step.
+        """
+        for name in metrics:
+            if self._last_steps.get(name) == step:
+                raise UserError(
+                    f"the metric '{name}' is recorded a second time at step {step}; a metric has one value a step: "
+                    "record it once, in on_step_end say, or under another name"
+                )
+            self._last_steps[name] = step
+        row = self._compared(Row(micro_step, step, _now(), {name: float(value) for name, value in metrics.items()}))
+        self._append(row)
+        missing = self._not_recorded(row)
+        if missing.metrics:
+            with self._lock:
+                self._unsent.append(missing)
 
     def on_safe_point(self, trainer: "ModelTrainer") -> None:
         """Hand on what has gathered, if the last time was long enough ago."""
         if time.monotonic() - self._sent_at > SECONDS_BETWEEN_BATCHES:
-            self.flush()
+            self._sent_at = time.monotonic()
+            self.deliver(self.flush)
 
     def on_train_end(self, trainer: "ModelTrainer") -> None:
         """Hand on the rest."""
-        self.flush()
+        self.deliver(self.flush)
+
+    def sync(self) -> None:
+        """Return when every row is on the disk."""
+        if self._file is not None:
+            self._file.sync()
 
     def flush(self) -> None:
-        """Put the rows on the disk and hand on those that were not yet."""
-        if self._file is not None:
-            self._file.flush()
-        if self._unsent:
-            self.send(self._unsent)
-            self._unsent = []
-        self._sent_at = time.monotonic()
+        """Send the rows that were not yet; those that could not be sent are sent the next time."""
+        with self._lock:
+            rows = list(self._unsent)
+        if rows:
+            self.send(rows)
+            with self._lock:
+                del self._unsent[: len(rows)]
 
     def close(self) -> None:
-        """Flush and close the file."""
-        self.flush()
+        """Close the file."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.sync()
+            finally:
+                file.close()
+
+    def _append(self, row: Row) -> None:
+        if self._file is None:
+            self._file = AppendedFile(self.path)
+        self._file.append(row.line())
+
+    def _not_recorded(self, row: Row) -> Row:
+        missing = {name: value for name, value in row.metrics.items() if (name, row.step) not in self._recorded}
+        return Row(row.micro_step, row.step, row.timestamp, missing)
+
+    def _compared(self, row: Row) -> Row:
+        """Return ``row`` as it was first written, where the tracking store has it."""
+        found = {name: self._recorded[name, row.step] for name in row.metrics if (name, row.step) in self._recorded}
+        for name, recorded in found.items():
+            if name in TIMINGS or storable(row.metrics[name]).hex() == storable(recorded.value).hex():
+                continue
+            self.differing_steps.add(row.step)
+            self.verified_steps.discard(row.step)
+            if not self._may_differ:
+                raise DivergedError(
+                    f"step {row.step} was made again and came out otherwise: {name} is {row.metrics[name]!r}, the "
+                    f"tracking store has {recorded.value!r}. Something has changed since the checkpoint was written, "
+                    "or draws from a source that is in no state: a generator of its own, a clock, another kind of "
+                    "processor. Nothing was recorded, and the checkpoint is as it was"
+                )
+        if not found:
+            return row
+        if found.keys() - TIMINGS and row.step not in self.differing_steps:
+            self.verified_steps.add(row.step)
+        timings = {name: recorded.value for name, recorded in found.items() if name in TIMINGS}
+        timestamp = next(iter(found.values())).timestamp
+        return Row(row.micro_step, row.step, timestamp, {**row.metrics, **timings})
+
+
+def storable(value: float) -> float:
+    """Return ``value`` as an SQL store gives it back: it has no infinities, and may have no negative zero."""
+    largest = 1.7976931348623157e308
+    return min(max(value, -largest), largest) + 0.0 if value == value else value
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

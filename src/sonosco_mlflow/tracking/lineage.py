@@ -11,7 +11,8 @@ from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.text import CharacterTokenizer
-from sonosco_mlflow.tracking.pipeline import stage_outputs
+from sonosco_mlflow.tracking.mlflow_run import DATA_DIGEST, TrackedRun
+from sonosco_mlflow.tracking.pipeline import lock_text, stage_outputs
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class DataLineage:
         outputs: DVC's digest of each data output, by path; empty where DVC does not version the data.
         counts: utterances, hours and speakers of each split.
         manifest_paths: where each split's manifest lies, as far as it lies in a file.
+        lock: text of the ``dvc.lock`` by which DVC brings the data again, or None.
     """
 
     manifests: dict[str, str]
@@ -31,6 +33,7 @@ class DataLineage:
     outputs: dict[str, str]
     counts: dict[str, dict[str, float]]
     manifest_paths: dict[str, Path] = field(default_factory=dict)
+    lock: str | None = None
 
     @classmethod
     def of_folder(cls, folder: DataFolder) -> Self:
@@ -42,6 +45,7 @@ class DataLineage:
             outputs=stage_outputs(folder),
             counts={split: _counts(manifest) for split, manifest in manifests.items()},
             manifest_paths={split: folder.manifest(split) for split in SPLITS},
+            lock=lock_text(folder),
         )
 
     @classmethod
@@ -69,8 +73,16 @@ class DataLineage:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
-        """Return DVC's digests as tags of a run: ``dvc.data/manifests`` and so on."""
-        return {f"dvc.{path}": digest for path, digest in self.outputs.items()}
+        """Return the digests as tags of a run; DVC's are ``dvc.data/manifests`` and so on."""
+        return {DATA_DIGEST: self.digest, **{f"dvc.{path}": digest for path, digest in self.outputs.items()}}
+
+    def log(self, run: TrackedRun, folder: str = "") -> None:
+        """Log the lineage as artifacts of ``run`` in ``folder`` (empty, or ending in a slash), and as its inputs."""
+        run.log_text(self.to_json(), f"{folder}data/lineage.json")
+        if self.lock is not None:
+            run.log_text(self.lock, f"{folder}data/dvc.lock")
+        for split, path in self.manifest_paths.items():
+            run.log_dataset(split, self.manifests[split], path, context=split)
 
     def to_json(self) -> str:
         """Return the lineage as JSON."""

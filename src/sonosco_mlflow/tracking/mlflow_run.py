@@ -6,27 +6,42 @@ one is made. The launcher overwrites a run's status, so what became of a run als
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import requests
 from mlflow.data import sources
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from sonosco_mlflow.errors import UserError, describe_failure
-from sonosco_mlflow.tracking.journal import Row
+from sonosco_mlflow.tracking.journal import Recorded, Records, Row
 from sonosco_mlflow.tracking.pipeline import locked
 
 STATE = "sonosco.state"
 ERROR = "sonosco.error"
 KIND = "sonosco.kind"
+CONFIG_DIGEST = "sonosco.config_digest"
 DATA_DIGEST = "sonosco.data_digest"
+SEGMENTS = "sonosco.segments"
+PLACE = "sonosco.folder"
+ALLOWED = "sonosco.allowed_changes"
+STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+# Of a resume's own; a run that was never stopped has none.
+RESUME_METRICS = "resume."
+SYSTEM_METRICS = "system/"
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
 PARAMETER_PREFIX = "config."
 LONGEST_PARAMETER = 6000
@@ -55,6 +70,8 @@ def connect(project: Path) -> None:
 
 
 def _quieten() -> None:
+    # Waiting for a server is done here, beside the training, and must not keep a stopped run for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     # What MLflow tells of its own doings would stand between the lines of the training.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow.store", "mlflow.tracking", "mlflow.system_metrics", "alembic"):
@@ -70,17 +87,45 @@ def _store_lock(uri: str) -> AbstractContextManager[None]:
     return locked(database.with_name(database.name + ".lock"))
 
 
+def is_away(error: Exception) -> bool:
+    """Return whether ``error`` means that the tracking server is away or busy, and worth asking again."""
+    if isinstance(error, UserError):
+        return isinstance(error.__cause__, Exception) and is_away(error.__cause__)
+    if isinstance(error, MlflowException):
+        # What a server, or one before it, answers in no words of MLflow's has a status in its text only.
+        answer = re.search(r"^API request to endpoint .* failed with error code (\d{3}) ", str(error))
+        if answer:
+            return _is_busy(int(answer[1]))
+        codes = (databricks_pb2.TEMPORARILY_UNAVAILABLE, databricks_pb2.REQUEST_LIMIT_EXCEEDED)
+        names = {databricks_pb2.ErrorCode.Name(code) for code in codes}
+        # A connection that fails has no code of its own.
+        return error.error_code in names or str(error).startswith("API request to")
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return _is_busy(error.response.status_code)
+    return isinstance(error, requests.RequestException | ConnectionError | TimeoutError)
+
+
+def _is_busy(status: int) -> bool:
+    return status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+
+
 class TrackedRun:
     """A run that is open for writing; a context manager that records how it ended.
 
     Args:
         run: MLflow's run, active.
+        record: id of the run that ``mlflow run`` made for the process that continues ``run``, or None.
+
+    Attributes:
+        segment: 1 in the process that made the run, one more each time that it was continued.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, record: str | None = None) -> None:
         self.id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.artifact_uri: str = run.info.artifact_uri
+        self.segment = int(run.data.tags.get(SEGMENTS, "1"))
+        self._record = record
         self._client = mlflow.MlflowClient()
 
     @classmethod
@@ -102,6 +147,45 @@ class TrackedRun:
         run = cls(active)
         run.set_tags({KIND: kind, STATE: "running", MLFLOW_RUN_NAME: f"{name or kind}-{run.id[:6]}"})
         return run
+
+    @classmethod
+    def find(cls, run: Run) -> "TrackedRun":
+        """Return an older run, to be read, and to be written to once it is reopened.
+
+        Where MLflow's launcher has made a run for this process, that one becomes the record of this segment, below it.
+        """
+        found = cls(run, os.environ.get("MLFLOW_RUN_ID"))
+        if found._record == found.id:
+            # `mlflow run --run-id`: should the run be refused, it is not to be marked as failed.
+            found._record = None
+            del os.environ["MLFLOW_RUN_ID"]
+        if found._record is not None:
+            segment = found.segment + 1
+            tags = {
+                KIND: "segment",
+                MLFLOW_PARENT_RUN_ID: found.id,
+                MLFLOW_RUN_NAME: f"segment-{segment}-of-{found.id[:6]}",
+                MLFLOW_RUN_NOTE: f"Segment {segment} of run `{found.id}`, which holds all that it recorded.",
+            }
+            for key, value in tags.items():
+                found._client.set_tag(found._record, key, value)
+        return found
+
+    def reopen(self) -> None:
+        """Open the run for writing again, as its next segment."""
+        os.environ.pop("MLFLOW_RUN_ID", None)
+        mlflow.start_run(run_id=self.id, nested=mlflow.active_run() is not None, log_system_metrics=True)
+        self.segment += 1
+        self.set_tags({STATE: "running", SEGMENTS: str(self.segment)})
+        if ERROR in self._client.get_run(self.id).data.tags:
+            self._client.delete_tag(self.id, ERROR)
+        if self._record is not None:
+            self._client.set_tag(self._record, STATE, "running")
+
+    def leave(self) -> None:
+        """Leave the run as it is; there was nothing to do."""
+        os.environ.pop("MLFLOW_RUN_ID", None)
+        self._end_record("finished")
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; a value that is too long for the store is cut, visibly."""
@@ -141,6 +225,15 @@ class TrackedRun:
         for first in range(0, len(metrics), LARGEST_BATCH):
             self._client.log_batch(self.id, metrics=metrics[first : first + LARGEST_BATCH])
 
+    def records(self) -> Records:
+        """Return every metric that the store holds of this run, by name and step; MLflow's own of the machine aside."""
+        found = {}
+        for name in self._client.get_run(self.id).data.metrics:
+            if not name.startswith((SYSTEM_METRICS, RESUME_METRICS)):
+                for item in self._client.get_metric_history(self.id, name):
+                    found[name, item.step] = Recorded(item.value, item.timestamp)
+        return found
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics now."""
         for name, value in metrics.items():
@@ -162,22 +255,34 @@ class TrackedRun:
         """Upload a text as an artifact."""
         self.log_bytes(text.encode(), name)
 
-    def log_folder(self, folder: Path, name: str) -> None:
-        """Upload every file below ``folder``, one by one: a file either stands whole in the store or not at all."""
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            self.log_file(path, "/".join([name, *path.parent.relative_to(folder).parts]))
+    def replace_folder(self, folder: Path, name: str) -> None:
+        """Make the artifact folder ``name`` hold the files of ``folder``, and no others.
+
+        They go one by one: a file either stands whole in the store or not at all.
+        """
+        paths = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        for path in paths:
+            self.log_file(path, name)
+        for other in sorted({*self.artifacts_in(name)} - {path.name for path in paths}):
+            self.delete_artifact(f"{name}/{other}")
 
     def log_table(self, rows: list[dict[str, object]], name: str) -> None:
-        """Upload rows of equal keys as a table that the UI shows."""
+        """Upload rows of equal keys as a table that the UI shows, in the place of one of that name."""
+        folder, _, base = name.rpartition("/")
+        if base in self.artifacts_in(folder):
+            # MLflow would append to it: a run that was killed at its end would show its rows twice.
+            self.delete_artifact(name)
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         self._client.log_table(self.id, columns, name)
 
-    def keep_only(self, folder: str, names: set[str]) -> None:
-        """Delete from an artifact folder whatever is not in ``names``."""
+    def artifacts_in(self, folder: str) -> list[str]:
+        """Return the names of what stands in an artifact folder."""
         repository = get_artifact_repository(self.artifact_uri)
-        for item in repository.list_artifacts(folder):
-            if item.path.rpartition("/")[2] not in names:
-                repository.delete_artifacts(item.path)  # type: ignore[no-untyped-call]
+        return [item.path.rpartition("/")[2] for item in repository.list_artifacts(folder)]
+
+    def delete_artifact(self, name: str) -> None:
+        """Delete an artifact, file or folder."""
+        get_artifact_repository(self.artifact_uri).delete_artifacts(name)  # type: ignore[no-untyped-call]
 
     def log_dataset(self, name: str, digest: str, path: Path, context: str) -> None:
         """Show data in the UI as an input of this run; ``digest`` holds at most 36 characters."""
@@ -195,14 +300,21 @@ class TrackedRun:
         elif isinstance(error, Exception):
             self.end("failed", describe_failure(error))
         else:
-            self.end("stopped")
+            self.end("interrupted")
 
     def end(self, state: str, message: str = "") -> None:
-        """End the run as ``finished``, ``stopped`` (resumable) or ``failed``."""
+        """End the run as ``finished``, ``interrupted`` (by a signal; it can be continued) or ``failed``."""
         if message:
             self.set_tags({ERROR: message})
+        mlflow.end_run(STATUS[state])
+        # Last: a process that is killed before it leaves a run that is seen to have vanished, and can be continued.
         self.set_tags({STATE: state})
-        mlflow.end_run({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[state])
+        self._end_record(state)
+
+    def _end_record(self, state: str) -> None:
+        if self._record is not None:
+            self._client.set_terminated(self._record, STATUS[state])
+            self._client.set_tag(self._record, STATE, state)
 
 
 def mark_launched_run_failed(message: str) -> None:
@@ -220,16 +332,32 @@ def find_run(run_id: str) -> Run:
     """Return a run by its id.
 
     Raises:
-        UserError: there is no such run in the tracking store.
+        UserError: there is no such run in the tracking store, or the store does not answer.
     """
     client = mlflow.MlflowClient()
     try:
         return client.get_run(run_id)
     except MlflowException as error:
+        if is_away(error):
+            raise UserError(f"the tracking store {mlflow.get_tracking_uri()} does not answer: {error}") from error
         raise UserError(
             f"run '{run_id}' is not in the tracking store {mlflow.get_tracking_uri()}; "
             "`mlflow runs list --experiment-id 0` lists runs, MLFLOW_TRACKING_URI names another store"
         ) from error
+
+
+def recorded_settings(run_id: str) -> dict[str, Any]:
+    """Return the recipe that a run kept, as nested settings.
+
+    Raises:
+        UserError: it kept none, or one that cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        text = download(run_id, "config/params.yaml", Path(scratch)).read_text(encoding="utf-8")
+    try:
+        return dict(YAML(typ="safe").load(text) or {})
+    except (YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"runs:/{run_id}/config/params.yaml: not a recipe ({error})") from error
 
 
 def experiment_name(run: Run) -> str:

@@ -3,18 +3,19 @@
 The project's own ``params.yaml`` and ``dvc.lock`` describe one set of data. A run whose recipe asks for another
 (``-P data.corpus=an4``, ``-P features.n_mels=40``) must not rewrite them, nor disturb a run beside it. It gets a DVC
 workspace of its own under ``.sonosco/data/<digest of the data recipe>``, with the same stages and the same cache, so
-that what is equal is made once.
+that what is equal is made once, and the same remotes.
 """
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ def prepare_data(config: Config, project: Path) -> DataFolder:
     project = project.resolve()
     if config.data.corpus not in CORPORA:
         raise UserError(f"data.corpus: found '{config.data.corpus}', {nearest(config.data.corpus, CORPORA)}")
-    if not (project / "dvc.yaml").exists():
-        raise UserError(f"{project}: no dvc.yaml here; run in the project's folder")
-    source = config.data.source
-    if source is not None and "://" not in source and not (project / source).exists():
-        raise UserError(f"data.source: found '{source}', expected an archive or a folder; there is none of that name")
-    workspace = project if _is_own_recipe(config, project) else _private_workspace(config, project)
-    with locked(project / ".sonosco" / "locks" / f"data-{workspace.name}.lock"):
-        _reproduce(workspace)
+    require_pipeline(project)
+    require_source(config, project)
+    own = _is_own_recipe(config, project)
+    workspace = project if own else workspace_of(config, project)
+    with workspace_locked(workspace, project):
+        if not own:
+            make_private(workspace, config, project)
+        reproduce(workspace)
     return DataFolder(workspace / "data")
 
 
@@ -66,6 +67,32 @@ def workspace_of(config: Config, project: Path) -> Path:
     return project / ".sonosco" / "data" / hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
 
+def require_pipeline(project: Path) -> None:
+    """Return if ``project`` is one.
+
+    Raises:
+        UserError: there is no pipeline in it.
+    """
+    if not (project / "dvc.yaml").exists():
+        raise UserError(f"{project}: no dvc.yaml here; run in the project's folder")
+
+
+def require_source(config: Config, project: Path) -> None:
+    """Return if the source of the corpus, where it is none on the web, exists.
+
+    Raises:
+        UserError: it does not.
+    """
+    source = config.data.source
+    if source is not None and "://" not in source and not (project / source).exists():
+        raise UserError(f"data.source: found '{source}', expected an archive or a folder; there is none of that name")
+
+
+def workspace_locked(workspace: Path, project: Path) -> AbstractContextManager[None]:
+    """Keep other processes from changing ``workspace`` meanwhile."""
+    return locked(project / ".sonosco" / "locks" / f"data-{workspace.name}.lock")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock between processes: DVC's own does not outlive a killed parent whose stage goes on."""
@@ -77,11 +104,25 @@ def locked(path: Path) -> Iterator[None]:
 
 def stage_outputs(folder: DataFolder) -> dict[str, str]:
     """Return DVC's digest of each data output, by its path below the workspace, as ``dvc.lock`` states it."""
+    return {output["path"]: output["md5"] for stage in _locked_stages(folder).values() for output in stage["outs"]}
+
+
+def lock_text(folder: DataFolder) -> str | None:
+    """Return the ``dvc.lock`` of the data stages alone, by which DVC can bring the data again, or None without one."""
+    stages = _locked_stages(folder)
+    if not stages:
+        return None
+    text = io.StringIO()
+    YAML().dump({"schema": "2.0", "stages": stages}, text)
+    return text.getvalue()
+
+
+def _locked_stages(folder: DataFolder) -> dict[str, Any]:
     lock = folder.root.parent / "dvc.lock"
     if not lock.exists():
         return {}
     stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-    return {output["path"]: output["md5"] for stage in DATA_STAGES for output in stages.get(stage, {}).get("outs", [])}
+    return {stage: stages[stage] for stage in DATA_STAGES if stage in stages}
 
 
 def _is_own_recipe(config: Config, project: Path) -> bool:
@@ -101,13 +142,10 @@ def _absolute(config: Config, project: Path) -> dict[str, Any]:
     return recipe
 
 
-def _private_workspace(config: Config, project: Path) -> Path:
-    workspace = workspace_of(config, project)
+def make_private(workspace: Path, config: Config, project: Path) -> None:
+    """Make, or bring up to date, a DVC workspace for the data of ``config``, with the project's stages and code."""
     (workspace / ".dvc").mkdir(parents=True, exist_ok=True)
-    cache = project / ".dvc" / "cache"
-    (workspace / ".dvc" / "config").write_text(
-        f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    dir = {cache}\n"
-    )
+    _share_settings(workspace, project)
     (workspace / ".dvcignore").touch()
     # The same names as in the project, so that the cache of stages serves both.
     code = workspace / "src"
@@ -124,10 +162,49 @@ def _private_workspace(config: Config, project: Path) -> Path:
     for name, content in {"dvc.yaml": {"stages": chosen}, "params.yaml": recipe}.items():
         with (workspace / name).open("w", encoding="utf-8") as file:
             yaml.dump(content, file)
-    return workspace
 
 
-def _reproduce(workspace: Path) -> None:
+def _share_settings(workspace: Path, project: Path) -> None:
+    """Give ``workspace`` DVC's settings of the project: where its cache is, its remotes and how to enter them."""
+    # It takes a third of a second to import, and the project's own data needs none of it.
+    from dvc.config import Config as Settings
+
+    shared = Settings(str(project / ".dvc"))
+    for level, name in (("repo", Settings.CONFIG), ("local", Settings.CONFIG_LOCAL)):
+        path = workspace / ".dvc" / name
+        # The passwords of a remote may stand in either.
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+        path.write_text("")
+        # DVC knows which settings are paths, and that these start from the folder of their file.
+        with Settings(str(workspace / ".dvc")).edit(level) as settings:
+            settings.update(shared.read(level))
+            if level == "repo":
+                settings["core"].update({"no_scm": True, "analytics": False})
+                settings["cache"].setdefault("dir", str(project / ".dvc" / "cache"))
+
+
+def remotes(workspace: Path) -> list[str]:
+    """Return the names of DVC's remotes that may have data: the default one, or else all."""
+    from dvc.config import Config as Settings
+
+    settings = Settings(str(workspace / ".dvc"))
+    default = settings["core"].get("remote")
+    return list(settings["remote"]) if default is None else [default]
+
+
+def dvc(workspace: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of DVC that starts no stages, and return what it says. It may name addresses and passwords."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, cwd=workspace, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def reproduce(workspace: Path) -> None:
+    """Run what must run of the data stages.
+
+    Raises:
+        UserError: a stage failed; then the message is its own.
+    """
     # The stages name `python`: it must be the one that runs now, wherever DVC was called from.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = [sys.executable, "-m", "dvc", "repro", *DATA_STAGES]

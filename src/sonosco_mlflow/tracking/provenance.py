@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import git
+import torch
 
 LARGEST_FILE = 10 * 1024 * 1024
 # The recipe and the data have digests of their own: a run with other parameters does not run other code.
@@ -141,13 +142,18 @@ class Environment:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal sha256 of the environment."""
-        content = json.dumps([self.requirements, self.system], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        """Hexadecimal sha256 of the software: what the machine adds to it, the canary tells."""
+        decisive = {name: self.system[name] for name in self.decisive_system}
+        return hashlib.sha256(json.dumps([self.requirements, decisive], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def decisive_system(self) -> tuple[str, ...]:
+        """The entries of ``system`` that belong to the software."""
+        return ("python", "machine", "variables")
 
 
-def describe_environment(threads: int, project: Path) -> Environment:
-    """Describe this process's environment.
+def describe_environment(threads: int, canary: str, project: Path) -> Environment:
+    """Describe this process's environment, the number of threads and the canary under it included.
 
     Where ``project`` pins its distributions, those are listed, in the versions that are installed: tools that are
     installed beside them, such as a linter, change no result.
@@ -158,14 +164,23 @@ def describe_environment(threads: int, project: Path) -> Environment:
         names = {_normal(line.partition("==")[0]) for line in pinned.read_text(encoding="utf-8").splitlines()}
         pins = {name: version for name, version in pins.items() if name in names}
     # These change results without any change of code.
-    numerics = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG")
+    numerics = (
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "MKL_CBWR",
+        "ATEN_CPU_CAPABILITY",
+        "ONEDNN_MAX_CPU_ISA",
+        "CUBLAS_WORKSPACE_CONFIG",
+    )
     system: dict[str, object] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "canary": canary,
         "variables": {name: os.environ[name] for name in numerics if name in os.environ},
     }
     return Environment("".join(f"{name}=={version}\n" for name, version in sorted(pins.items())), system)

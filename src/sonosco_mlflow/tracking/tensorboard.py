@@ -1,6 +1,6 @@
 """TensorBoard: recorded metrics and texts as event files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sonosco_mlflow.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
+    from sonosco_mlflow.tracking.journal import Row
     from sonosco_mlflow.training.trainer import ModelTrainer
 
 
@@ -23,14 +24,25 @@ class TensorBoard(Callback):
         self.directory = Path(directory)
         self._writer: SummaryWriter | None = None
 
+    def rewrite(self, rows: Iterable["Row"]) -> None:
+        """Put ``rows`` in the place of all events so far: what a resume makes again must not be shown twice."""
+        self.close()
+        for path in sorted(self.directory.glob("events.out.tfevents.*")):
+            path.unlink()
+        for row in rows:
+            for name, value in row.metrics.items():
+                self._open(0).add_scalar(name, value, row.step, walltime=row.timestamp / 1000)
+            for name, text in row.texts.items():
+                self._open(0).add_text(name, text, row.step, walltime=row.timestamp / 1000)
+
     def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
         """Write scalars at the current optimizer step."""
         for name, value in metrics.items():
-            self._open().add_scalar(name, value, trainer.progress.step)
+            self._open(trainer.progress.step).add_scalar(name, value, trainer.progress.step)
 
     def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
         """Write a Markdown text at the current optimizer step."""
-        self._open().add_text(name, text, trainer.progress.step)
+        self._open(trainer.progress.step).add_text(name, text, trainer.progress.step)
 
     def on_safe_point(self, trainer: "ModelTrainer") -> None:
         """Put on the disk, once an epoch, what the writer still holds."""
@@ -47,8 +59,9 @@ class TensorBoard(Callback):
             self._writer.close()
             self._writer = None
 
-    def _open(self) -> SummaryWriter:
-        # Opened by the first event, so that a trainer that never trains leaves no file.
+    def _open(self, step: int) -> SummaryWriter:
+        # Opened by the first event, so that a trainer that never trains leaves no file. Older files may hold events of
+        # steps that are now made again: readers drop those from `purge_step` on.
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.directory))
+            self._writer = SummaryWriter(str(self.directory), purge_step=step or None)
         return self._writer

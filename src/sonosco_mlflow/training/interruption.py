@@ -1,7 +1,8 @@
 """Signals that stop a run, put off until its state is consistent.
 
 An interrupt in the middle of a step would leave half of the parameters moved. While training, the first SIGINT or
-SIGTERM is therefore only noted, and raised at the next safe point; when it comes again, it is raised at once.
+SIGTERM is therefore only noted, and raised at the next safe point; when it comes again, it is raised at once, and
+nothing more is saved: what was saved by then stays.
 """
 
 import signal
@@ -15,6 +16,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Terminated(KeyboardInterrupt):
     """The process was asked to end by SIGTERM; handled like an interrupt from the keyboard."""
+
+
+class LeaveAtOnce(KeyboardInterrupt):
+    """The same signal came again: whoever sent it does not want to wait for a state to be saved."""
 
 
 def raise_on_termination() -> None:
@@ -33,13 +38,13 @@ class Interruption:
         self.requested: signal.Signals | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: note the first, raise the same one at once when it comes again.
+        """Handle a signal: note the first, raise :class:`LeaveAtOnce` when it comes again.
 
         ``mlflow run`` turns one interrupt from the keyboard into a SIGINT and, a moment later, a SIGTERM: another
         signal than the first says nothing new.
         """
         if self.requested == number:
-            self.raise_if_requested()
+            raise LeaveAtOnce
         self.requested = self.requested or signal.Signals(number)
 
     def raise_if_requested(self) -> None:
@@ -52,12 +57,16 @@ class Interruption:
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[Interruption]:
+def deferred_interrupts(obeyed: signal.Signals | None = None) -> Iterator[Interruption]:
     """Put off signals while the block runs; the caller asks the :class:`Interruption` at its safe points.
 
     Outside the main thread Python delivers no signals, and nothing is changed.
+
+    Args:
+        obeyed: a signal that is being obeyed by this block: when it comes now, it comes again, and is raised at once.
     """
     interruption = Interruption()
+    interruption.requested = obeyed
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
@@ -67,4 +76,5 @@ def deferred_interrupts() -> Iterator[Interruption]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    interruption.raise_if_requested()
+    if interruption.requested != obeyed:
+        interruption.raise_if_requested()

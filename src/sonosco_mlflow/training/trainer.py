@@ -8,8 +8,9 @@ safe point, and continues on the same path wherever it is loaded.
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -17,12 +18,25 @@ from torch import nn
 
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.decoding.text import TextDecoder
-from sonosco_mlflow.determinism import generator_states, seed_for, set_generator_states
+from sonosco_mlflow.determinism import (
+    generator_states,
+    python_generator_of_this_thread,
+    seed_for,
+    seed_generators,
+    set_generator_states,
+)
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.training.callbacks.base import Callback
+from sonosco_mlflow.training.callbacks.dispatch import (
+    callbacks_state,
+    emit,
+    emit_exception,
+    learning_rate_factor,
+    load_callbacks_state,
+)
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
 from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
 from sonosco_mlflow.training.validation import Decoder, Loss, Validation, evaluate, model_loss
@@ -60,6 +74,12 @@ class ModelTrainer:
         gradient_clip: bound on the gradient's 2-norm, or None.
         validate_every_steps: validate also every so many optimizer steps, besides the end of each epoch.
         device: where the model trains.
+
+    Attributes:
+        progress: where training stands.
+        validation: what the last validation gave, or None.
+        at_safe_point: whether the state is consistent, as it is between two micro-steps.
+        failure: what a callback raised in the middle of a micro-step that was then finished, or None.
     """
 
     def __init__(
@@ -103,6 +123,10 @@ class ModelTrainer:
         self.progress = Progress()
         self.stop_reason: str | None = None
         self.validation: Validation | None = None
+        self.at_safe_point = True
+        self.failure: Exception | None = None
+        # While nothing is trained: the states to train on with.
+        self._generators: dict[str, object] | None = None
         self._window_loss = 0.0
         self._window_utterances = 0
         self._batches_in_epoch: tuple[int, int] = (-1, 0)
@@ -115,17 +139,29 @@ class ModelTrainer:
         Raises:
             KeyboardInterrupt: after a SIGINT or SIGTERM, at the next safe point; training can be continued.
             UserError: there is nothing to train on, or the loss is not finite.
+            Exception: of a callback; the micro-step in which it came is finished first.
         """
         if self.train_loader is None:
             raise UserError("there is no train_loader; give it to the ModelTrainer or to Deserializer.deserialize")
+        self.failure = None
+        if self.progress.micro_step == 0:
+            seed_generators(self.seed, "training")
+        elif self._generators is not None:
+            set_generator_states(self._generators)
+        self._generators = None
         try:
-            self._emit("on_train_begin")
-            with deferred_interrupts() as interruption:
-                while not self.finished:
-                    self._epoch(self.train_loader, interruption)
-            self._emit("on_train_end")
+            emit(self, "on_train_begin")
+            with deferred_interrupts() as interruption, python_generator_of_this_thread():
+                try:
+                    while not self.finished:
+                        self._epoch(self.train_loader, interruption)
+                finally:
+                    self._generators = generator_states()
+            emit(self, "on_train_end")
         except BaseException as error:
-            self._emit("on_exception", error)
+            # A launcher sends SIGTERM right behind the SIGINT: it must not cut off the saving.
+            with deferred_interrupts(obeyed=SIGINT):
+                emit_exception(self, error)
             raise
 
     continue_training = start_training
@@ -139,17 +175,22 @@ class ModelTrainer:
         """Whether all epochs are done or a callback stopped the training."""
         return self.stop_reason is not None or self.progress.epoch >= self.epochs
 
+    @property
+    def batches_into_step(self) -> int:
+        """Batches whose gradients wait for the optimizer step."""
+        return self.progress.batch % self.accumulation
+
     def attach(self, observer: Callback) -> None:
         """Add a callback that belongs to where the trainer runs, not to the trainer: it is not kept with it."""
         self.observers.append(observer)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Record ``metrics`` at the current step: into MLflow, TensorBoard, the history, whatever listens."""
-        self._emit("on_metrics", metrics)
+        emit(self, "on_metrics", metrics)
 
     def record_text(self, name: str, text: str) -> None:
         """Record a Markdown text at the current step."""
-        self._emit("on_text", name, text)
+        emit(self, "on_text", name, text)
 
     def evaluate(self, loader: AudioDataLoader, prefix: str) -> Validation:
         """Return loss and metrics of ``loader``, named ``prefix + name``; no generator and no mode is left changed."""
@@ -159,9 +200,8 @@ class ModelTrainer:
 
     def _epoch(self, loader: AudioDataLoader, interruption: Interruption) -> None:
         """Train on what is left of the current epoch, or until a callback stops the training."""
-        if loader.batches_in(self.progress.epoch) == 0:
-            raise UserError("there is nothing to train on: the train_loader's manifest is empty")
-        self._emit("on_epoch_begin")
+        self._require_batches(loader)
+        emit(self, "on_epoch_begin")
         started = time.perf_counter()
         for batch in loader.epoch(self.progress.epoch, start=self.progress.batch):
             started = self._micro_step(batch.to(self.device), started)
@@ -169,9 +209,21 @@ class ModelTrainer:
             if self.stop_reason:
                 break
 
+    def _require_batches(self, loader: AudioDataLoader) -> None:
+        progress = self.progress
+        batches = loader.batches_in(progress.epoch)
+        if batches == 0:
+            raise UserError("there is nothing to train on: the train_loader's manifest is empty")
+        if progress.batch >= batches:
+            raise UserError(
+                f"the training stands before batch {progress.batch} of epoch {progress.epoch}, where the train_loader "
+                f"has {batches} batches: it makes other ones than it did; give the loader of then, or begin a new run"
+            )
+
     def _micro_step(self, batch: Batch, started: float) -> float:
         progress = self.progress
         batches, window = self._window()
+        self.at_safe_point = False
         torch.manual_seed(seed_for(self.seed, "step", progress.micro_step))
         self.model.train()
         loss = self.loss(self.model, batch)
@@ -197,8 +249,11 @@ class ModelTrainer:
         if stepped and self._validation_is_due(epoch_ended):
             self._validate()
         if epoch_ended:
-            self._emit("on_epoch_end", progress.epoch - 1)
-        self._emit("on_safe_point")
+            emit(self, "on_epoch_end", progress.epoch - 1)
+        self.at_safe_point = True
+        if self.failure is not None:
+            raise self.failure
+        emit(self, "on_safe_point")
         return time.perf_counter() if stepped else started
 
     def _window(self) -> tuple[int, int]:
@@ -212,16 +267,16 @@ class ModelTrainer:
         return batches, min(self.accumulation, batches - first)
 
     def _optimizer_step(self, seconds: float) -> None:
-        self._emit("on_gradients")
+        emit(self, "on_gradients")
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        factor = math.prod(callback.learning_rate_factor(self) for callback in self._all_callbacks())
+        factor = learning_rate_factor(self)
         for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
             group["lr"] = recipe["lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
-        self._emit("on_step_end")
+        emit(self, "on_step_end")
         self.record(
             {
                 "train_loss": self._window_loss,
@@ -240,14 +295,7 @@ class ModelTrainer:
         assert self.val_loader is not None
         self.validation = self.evaluate(self.val_loader, "val_")
         self.record(self.validation.metrics)
-        self._emit("on_validation_end", self.validation)
-
-    def _emit(self, event: str, *arguments: object) -> None:
-        for callback in self._all_callbacks():
-            getattr(callback, event)(self, *arguments)
-
-    def _all_callbacks(self) -> Iterable[Callback]:
-        return (*self.callbacks, *self.observers)
+        emit(self, "on_validation_end", self.validation)
 
     def _default_decoder(self) -> Decoder | None:
         loader = self.val_loader or self.train_loader
@@ -292,11 +340,10 @@ class ModelTrainer:
 
     def state_dict(self) -> dict[str, object]:
         """Return the whole state as a tree of plain data: ``model``, ``optimizer`` and ``trainer``."""
-        inside_window = self.progress.batch % self.accumulation != 0
         gradients = {
             name: parameter.grad
             for name, parameter in self.model.named_parameters()
-            if inside_window and parameter.grad is not None
+            if self.batches_into_step and parameter.grad is not None
         }
         return {
             "model": dict(self.model.state_dict()),
@@ -304,38 +351,38 @@ class ModelTrainer:
             "trainer": {
                 "progress": asdict(self.progress),
                 "stop_reason": self.stop_reason,
+                "validation": None if self.validation is None else asdict(self.validation),
                 "gradients": gradients,
                 "window_loss": self._window_loss,
-                "generators": generator_states(),
-                "callbacks": {name: callback.state_dict() for name, callback in self._named_callbacks().items()},
+                "generators": generator_states() if self._generators is None else self._generators,
+                "callbacks": callbacks_state(self.callbacks),
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what :meth:`state_dict` described."""
+        """Become what :meth:`state_dict` described.
+
+        Raises:
+            UserError: the state is of other callbacks, or at a place that the train_loader does not have.
+        """
         trainer = state["trainer"]
         self.model.load_state_dict(state["model"])
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
         self.progress = Progress(**trainer["progress"])
         self.stop_reason = trainer["stop_reason"]
+        self.validation = None if trainer["validation"] is None else Validation(**trainer["validation"])
         self._window_loss = trainer["window_loss"]
         for name, parameter in self.model.named_parameters():
             gradient = trainer["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
-        callbacks = self._named_callbacks()
-        if callbacks.keys() != trainer["callbacks"].keys():
-            raise UserError(
-                f"the state is for the callbacks {sorted(trainer['callbacks'])}, the trainer has {sorted(callbacks)}"
-            )
-        for name, callback in callbacks.items():
-            callback.load_state_dict(trainer["callbacks"][name])
-        set_generator_states(trainer["generators"])
+        load_callbacks_state(self.callbacks, trainer["callbacks"])
+        # Set again when training begins: what is drawn between now and then is no part of it.
+        self._generators = trainer["generators"]
+        set_generator_states(self._generators)
+        if self.train_loader is not None and not self.finished:
+            self._require_batches(self.train_loader)
 
-    def _named_callbacks(self) -> dict[str, Callback]:
-        """Return the callbacks by name: their class's, with a number where there are several of one class."""
-        named: dict[str, Callback] = {}
-        for callback in self.callbacks:
-            name = type(callback).__name__
-            same = sum(other == name or other.startswith(name + "-") for other in named)
-            named[f"{name}-{same + 1}" if same else name] = callback
-        return named
+    def renew_optimizer_options(self) -> None:
+        """Set the optimizer's options as this trainer was made with, after a state of other ones was loaded."""
+        for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
+            group.update({key: value for key, value in recipe.items() if key != "parameters"})

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
+from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.training.inspection import undisturbed
 
 Loss = Callable[[Any, Batch], Tensor]
 Decoder = Callable[[Any, Batch], list[str]]
 
 
+@serializable
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the loss that the model itself computes: ``model(batch).loss``, or the tensor that it returns."""
     output = model(batch)

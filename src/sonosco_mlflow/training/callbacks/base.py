@@ -7,7 +7,7 @@ A callback is any subclass that overrides some of the events below; its construc
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sonosco_mlflow.serialization.parameters import serializable
 
@@ -20,14 +20,21 @@ TIMINGS = frozenset({"utterances_per_second", "epoch_seconds"})
 
 
 class Callback:
-    """Base of all callbacks; every event does nothing unless overridden."""
+    """Base of all callbacks; every event does nothing unless overridden.
+
+    Attributes:
+        follows_total_epochs: whether what it does depends on ``trainer.epochs``. A finished run with such a callback
+            cannot be given more epochs: it would have taken another way from the start.
+    """
+
+    follows_total_epochs: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         serializable(cls)
 
     def on_train_begin(self, trainer: "ModelTrainer") -> None:
-        """Training starts, or continues after a resume."""
+        """Training starts, or continues after a resume: what is recorded here is recorded each time."""
 
     def on_epoch_begin(self, trainer: "ModelTrainer") -> None:
         """``trainer.progress.epoch`` starts, or is entered again by a resume in its middle."""

@@ -1,45 +1,69 @@
 """When the state is saved, and which checkpoints are kept.
 
-What is kept follows from the state alone, and a checkpoint's own state already counts it: a run that continues from
-it keeps and removes the same directories as one that was never stopped.
+There are two kinds of saves. *Scheduled* ones follow from the state alone (every so many steps or epochs, a validation
+that ranks, the end), and a checkpoint's own state already counts it: a run that continues from it keeps and removes the
+same directories as one that was never stopped. *Extra* ones come when they come (the start, so many minutes, a signal,
+an error); no state counts them, and they go when newer checkpoints stand, at the latest when training ends.
+
+The training thread only copies the state; another one writes, verifies, removes, and hands on.
 """
 
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sonosco_mlflow.background import Background
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.serialization.checkpoint import checkpoint_name, read_checkpoint, remove_leftovers
+from sonosco_mlflow.serialization.checkpoint import (
+    Snapshot,
+    checkpoint_name,
+    checkpoints_in,
+    remove_leftovers,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from sonosco_mlflow.serialization.durable import remove_directory
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.monitor import monitored
+from sonosco_mlflow.training.interruption import LeaveAtOnce
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
     from sonosco_mlflow.training.validation import Validation
 
+# Below the folder of checkpoints, for states that lack what a failed callback missed: nothing continues from them.
+FAILED = "failed"
+
 
 class ModelCheckpoint(Callback):
-    """Saves the trainer: at the end of each epoch, when training stops, when a validation ranks, and as asked.
+    """Saves the trainer: at the end of epochs, when training stops, when a validation ranks, and as asked.
 
-    Kept are the last ``keep_last`` checkpoints and the best ``keep_best``; another is removed only after the newer one
-    has been read back and verified. It comes last among the callbacks, so that what it saves is what they decided.
+    Kept are the last ``keep_last`` scheduled checkpoints, the best ``keep_best``, and every ``keep_every_steps``-th
+    step; another is removed only after the newer one has been read back and verified. It comes last among the
+    callbacks, so that what it saves is what they decided.
 
     Args:
-        directory: folder of this run's checkpoints.
+        directory: folder of this run's checkpoints; None leaves it to an Experiment. It is no part of what is
+            serialised: equal runs in different places have equal checkpoints.
         every_steps: save also every so many optimizer steps.
         every_minutes: save also at the first step after so many minutes.
+        every_epochs: save at the end of every so many epochs; None does not.
         keep_last: at least 2, so that a broken newest one costs little.
         keep_best: checkpoints of the lowest ``monitor``.
+        keep_every_steps: keep for good each checkpoint whose step is a multiple of this.
         monitor: a metric of the validation.
 
     Attributes:
         serializer: writes the trainer's objects.
-        listeners: called with the directory of each checkpoint once it is verified.
+        background: writes and delivers; None makes one for each training.
+        before_writing: called before a checkpoint is written, for what must be on the disk before it.
+        listeners: called with the directory of each checkpoint once it is verified, and the names of all that are kept.
         digests: written into each checkpoint's manifest, of what the state belongs to.
+        stall_seconds: for how long saving has held up the training so far.
 
     Raises:
         UserError: ``keep_last`` is below 2.
@@ -47,32 +71,57 @@ class ModelCheckpoint(Callback):
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Path | None = None,
         every_steps: int | None = None,
         every_minutes: float | None = None,
+        every_epochs: int | None = 1,
         keep_last: int = 2,
         keep_best: int = 1,
+        keep_every_steps: int | None = None,
         monitor: str = "val_loss",
     ) -> None:
         if keep_last < 2:
             raise UserError(f"keep_last is {keep_last}, expected at least 2: the newest checkpoint may be broken")
-        self.directory = Path(directory)
+        self.directory = None if directory is None else Path(directory)
         self.every_steps = every_steps
         self.every_minutes = every_minutes
+        self.every_epochs = every_epochs
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.keep_every_steps = keep_every_steps
         self.monitor = monitor
         self.serializer = Serializer()
-        self.listeners: list[Callable[[Path], None]] = []
+        self.background: Background | None = None
+        self.before_writing: list[Callable[[], None]] = []
+        self.listeners: list[Callable[[Path, frozenset[str]], None]] = []
         self.digests: dict[str, str] = {}
+        self.stall_seconds = 0.0
+        self._own_background: Background | None = None
         self._kept: list[int] = []
-        self._dropped: list[int] = []
         self._scores: dict[int, float] = {}
         self._saved_at = time.monotonic()
         self._saved_micro_step: int | None = None
 
+    def serialized_parameters(self) -> dict[str, object]:
+        """Return the constructor's parameters without the directory."""
+        names = (
+            "every_steps",
+            "every_minutes",
+            "every_epochs",
+            "keep_last",
+            "keep_best",
+            "keep_every_steps",
+            "monitor",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Names of the scheduled checkpoints that are kept."""
+        return frozenset(map(checkpoint_name, self._kept))
+
     def on_train_begin(self, trainer: "ModelTrainer") -> None:
-        """Finish what a crash left undone, and start the clock.
+        """Finish what a crash left undone, start the clock, and save the state before the first step.
 
         Raises:
             UserError: this is not the trainer's last callback, or the trainer cannot be written down.
@@ -82,6 +131,11 @@ class ModelCheckpoint(Callback):
                 "ModelCheckpoint must be the last of the trainer's callbacks, or it would save a state that the others "
                 "are still changing; put it at the end of callbacks=[...]"
             )
+        if self.directory is None:
+            warnings.warn(
+                "nothing is saved: ModelCheckpoint has no directory; set it, or train in an Experiment", stacklevel=2
+            )
+            return
         # Refused now rather than at the first checkpoint, hours later.
         self.serializer.describe(trainer)
         if "model" in trainer.external_parameters:
@@ -91,61 +145,107 @@ class ModelCheckpoint(Callback):
                 stacklevel=2,
             )
         remove_leftovers(self.directory)
-        self._remove_dropped()
+        if self.background is None:
+            self.background = self._own_background = Background()
         self._saved_at = time.monotonic()
+        if trainer.progress.micro_step == 0:
+            self._save(trainer)
 
     def on_validation_end(self, trainer: "ModelTrainer", validation: "Validation") -> None:
         """Note what the current step is worth."""
         self._scores[trainer.progress.step] = monitored(validation, self.monitor)
 
     def on_safe_point(self, trainer: "ModelTrainer") -> None:
-        """Save if it is time to; between two optimizer steps only, so that a step is saved once."""
-        if trainer.progress.batch % trainer.accumulation == 0 and self._is_due(trainer):
-            self.save(trainer)
-
-    def save(self, trainer: "ModelTrainer") -> Path:
-        """Save now, whatever the schedule, and return the checkpoint's directory.
-
-        In the middle of an accumulation this replaces the checkpoint of the same optimizer step.
+        """Save if it is time to; on schedule between two optimizer steps only, so that a step is saved once.
 
         Raises:
+            Exception: what went wrong beside the training since the last step.
+        """
+        if self.background is None:
+            return
+        self.background.check()
+        if self._is_scheduled(trainer):
+            # Also where it was saved a moment ago: callbacks between that one and this may have moved since.
+            self._saved_micro_step = None
+            self._save(trainer)
+        elif self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: "ModelTrainer") -> None:
+        """Return when all is written, and only what is to be kept still stands."""
+        if self.background is None:
+            return
+        if trainer.batches_into_step:
+            # Stopped within a step, which no schedule knows.
+            self._save(trainer)
+        self.background.write(partial(self._tidy, self._path(trainer), self.kept))
+        self.background.finish_writes()
+        self._close_own_background()
+
+    def on_exception(self, trainer: "ModelTrainer", error: BaseException) -> None:
+        """Save what there is, if it is consistent, and return when it is written.
+
+        A state that lacks what a failed callback missed is kept apart, in ``failed/``.
+        """
+        if self.background is None or self.directory is None or isinstance(error, LeaveAtOnce):
+            return
+        try:
+            if trainer.at_safe_point and not self.background.failed:
+                if trainer.failure is None:
+                    self._save(trainer)
+                else:
+                    self.background.write(partial(write_checkpoint, self.directory / FAILED, self._snapshot(trainer)))
+                self.background.finish_writes()
+        finally:
+            self._close_own_background()
+
+    def save(self, trainer: "ModelTrainer") -> Path:
+        """Save now, whatever the schedule, and return the checkpoint's directory once it is whole.
+
+        Raises:
+            UserError: there is no directory to save into.
             BrokenCheckpointError: what was read back is not what was written; nothing older was removed.
         """
-        progress = trainer.progress
-        path = self.directory / checkpoint_name(progress.step)
-        if self._saved_micro_step == progress.micro_step:
-            return path
-        self._count(progress.step)
-        self.serializer.serialize(trainer, self.directory, step=progress.step, digests=self.digests)
-        read_checkpoint(path)
-        self._saved_micro_step = progress.micro_step
-        self._saved_at = time.monotonic()
-        self._remove_dropped()
-        for listener in self.listeners:
-            listener(path)
+        path = self._path(trainer)
+        is_training = self.background is not None
+        if self.background is None:
+            self.background = self._own_background = Background()
+        try:
+            self._save(trainer)
+            self.background.finish_writes()
+        finally:
+            if not is_training:
+                self._close_own_background()
         return path
 
     def state_dict(self) -> dict[str, object]:
-        """Return which steps are kept, which the newest of them made superfluous, and what they are worth."""
-        return {"kept": list(self._kept), "dropped": list(self._dropped), "scores": dict(self._scores)}
+        """Return which scheduled steps are kept, and what they are worth."""
+        return {"kept": list(self._kept), "scores": dict(self._scores)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Become what :meth:`state_dict` described."""
-        kept, dropped, scores = state["kept"], state["dropped"], state["scores"]
+        kept, scores = state["kept"], state["scores"]
         assert isinstance(kept, list)
-        assert isinstance(dropped, list)
         assert isinstance(scores, dict)
-        self._kept, self._dropped, self._scores = list(kept), list(dropped), dict(scores)
+        self._kept, self._scores = list(kept), dict(scores)
         self._saved_micro_step = None
 
-    def _is_due(self, trainer: "ModelTrainer") -> bool:
-        step = trainer.progress.step
+    # ------------------------------------------------------------------ on the training thread
+
+    def _path(self, trainer: "ModelTrainer") -> Path:
+        if self.directory is None:
+            raise UserError("ModelCheckpoint has no directory to save into; set it, or train in an Experiment")
+        return self.directory / checkpoint_name(trainer.progress.step, trainer.batches_into_step)
+
+    def _is_scheduled(self, trainer: "ModelTrainer") -> bool:
+        progress = trainer.progress
+        if progress.micro_step == 0 or trainer.batches_into_step:
+            return False
         return (
-            trainer.progress.batch == 0
-            or trainer.finished
-            or (self.every_steps is not None and step % self.every_steps == 0)
-            or (self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes)
-            or step in self._best([*self._kept, step])
+            trainer.finished
+            or (self.every_epochs is not None and progress.batch == 0 and progress.epoch % self.every_epochs == 0)
+            or (self.every_steps is not None and progress.step % self.every_steps == 0)
+            or progress.step in self._best([*self._kept, progress.step])
         )
 
     def _best(self, steps: Iterable[int]) -> list[int]:
@@ -159,13 +259,66 @@ class ModelCheckpoint(Callback):
 
     def _count(self, step: int) -> None:
         known = sorted({*self._kept, step})
-        kept = {*known[-self.keep_last :], *self._best(known)}
+        every = self.keep_every_steps
+        kept = {*known[-self.keep_last :], *self._best(known), *(s for s in known if every and s % every == 0)}
         self._kept = sorted(kept)
-        self._dropped = [other for other in known if other not in kept]
         self._scores = {other: score for other, score in self._scores.items() if other in kept}
 
-    def _remove_dropped(self) -> None:
-        for step in self._dropped:
-            directory = self.directory / checkpoint_name(step)
-            if directory.exists():
-                remove_directory(directory)
+    def _snapshot(self, trainer: "ModelTrainer") -> Snapshot:
+        step, batches = trainer.progress.step, trainer.batches_into_step
+        before = [kept for kept in self._kept if (kept, 0) < (step, batches)]
+        parent = checkpoint_name(before[-1]) if before else None
+        return self.serializer.snapshot(trainer, step, batches=batches, parent=parent, digests=self.digests)
+
+    def _save(self, trainer: "ModelTrainer") -> None:
+        assert self.background is not None
+        if self._saved_micro_step == trainer.progress.micro_step:
+            return
+        started = time.perf_counter()
+        if self._is_scheduled(trainer):
+            # Whoever asks for it: what continues from this state must know of it as one that was never stopped does.
+            self._count(trainer.progress.step)
+        self.background.write(partial(self._write, self._snapshot(trainer), self.kept, trainer.finished))
+        self._saved_micro_step = trainer.progress.micro_step
+        self._saved_at = time.monotonic()
+        self.stall_seconds += time.perf_counter() - started
+
+    def _close_own_background(self) -> None:
+        if self._own_background is not None:
+            try:
+                self._own_background.finish()
+            finally:
+                self._own_background.close()
+                self.background = self._own_background = None
+
+    # ------------------------------------------------------------------ beside it
+
+    def _write(self, snapshot: Snapshot, kept: frozenset[str], finished: bool) -> None:
+        assert self.directory is not None
+        assert self.background is not None
+        for prepare in self.before_writing:
+            prepare()
+        path = write_checkpoint(self.directory, snapshot)
+        verify_checkpoint(path)
+        kept |= {path.name}
+        if not finished:
+            kept |= {other.name for other in checkpoints_in(self.directory)[-self.keep_last :]}
+        self._remove_others(kept)
+        self._tell(path, kept)
+
+    def _tidy(self, newest: Path, kept: frozenset[str]) -> None:
+        kept |= {newest.name}
+        if self._remove_others(kept) and newest.exists():
+            self._tell(newest, kept)
+
+    def _remove_others(self, kept: frozenset[str]) -> bool:
+        assert self.directory is not None
+        others = [path for path in checkpoints_in(self.directory) if path.name not in kept]
+        for path in others:
+            remove_directory(path)
+        return bool(others)
+
+    def _tell(self, path: Path, kept: frozenset[str]) -> None:
+        assert self.background is not None
+        for listener in self.listeners:
+            self.background.deliver(partial(listener, path, kept))

@@ -1,0 +1,143 @@
+"""What a run's state belongs to, as digests; and whether what is here is still that.
+
+A state continued with other code, other data or on another kind of processor would end in other bits, and nothing
+would show it. So each checkpoint names what it belongs to, and a difference is refused with a message that says what
+differs, unless it was allowed by name; then the run records it.
+"""
+
+import hashlib
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.mlflow_run import download
+from sonosco_mlflow.tracking.provenance import CodeSnapshot, Environment
+
+# The digests in a checkpoint, each with the change that allows another.
+CHANGE_OF = {
+    "config": "config",
+    "code": "code",
+    "data": "data",
+    "vocabulary": "vocabulary",
+    "batches": "data",
+    "environment": "environment",
+    "threads": "numerics",
+    "canary": "numerics",
+}
+CHANGES = tuple(dict.fromkeys(CHANGE_OF.values()))
+# A longer list hides what it should show.
+MOST_NAMES = 6
+
+
+def check_identity(
+    run_id: str,
+    recorded: Mapping[str, str],
+    present: Mapping[str, str],
+    allowed: frozenset[str],
+    explain: Mapping[str, Callable[[], str]],
+) -> dict[str, tuple[str, str]]:
+    """Return the digests that differ (recorded, present), all of them allowed.
+
+    Args:
+        run_id: for the message.
+        recorded: digests by name; a name that is missing on either side is not compared.
+        present: digests by name, of what is here.
+        allowed: names of changes (:data:`CHANGES`).
+        explain: by name, what says how the two differ.
+
+    Raises:
+        UserError: something differs and is not allowed; the message says how, and what allows it.
+    """
+    differ = {
+        name: (recorded[name], present[name])
+        for name in recorded
+        if present.get(name, recorded[name]) != recorded[name]
+    }
+    refused = [name for name in differ if CHANGE_OF.get(name, name) not in allowed]
+    if refused:
+        lines = [f"  {name}: {explain[name]()}" for name in refused]
+        flags = dict.fromkeys(f"--allow-{CHANGE_OF.get(name, name)}-change" for name in refused)
+        raise UserError(
+            f"run {run_id} would not continue as it began:\n"
+            + "\n".join(lines)
+            + f"\nPut it back as it was, or pass {' '.join(flags)}: then the run goes on otherwise and records that"
+        )
+    return differ
+
+
+def config_difference(recorded: Mapping[str, object], present: Mapping[str, object]) -> str:
+    """Say which keys of two flat recipes differ."""
+    keys = [key for key in {**recorded, **present} if recorded.get(key) != present.get(key)]
+    return _listed([f"{key} was {recorded.get(key)!r}, is {present.get(key)!r}" for key in keys]) or (
+        "the recipe that the run kept is not the one that its checkpoint belongs to"
+    )
+
+
+def code_difference(run_id: str, folder: str, present: CodeSnapshot) -> str:
+    """Say which files differ from those of the snapshot in artifact folder ``folder``."""
+    recorded = _files(_artifact(run_id, f"{folder}code/snapshot.zip"))
+    names = _unequal(recorded, _files(present.archive))
+    return f"{len(names)} files differ: {_listed(names)}"
+
+
+def data_difference(run_id: str, present: DataLineage) -> str:
+    """Say which parts of the data differ from those of the run."""
+    recorded = json.loads(_artifact(run_id, "data/lineage.json"))
+    here = json.loads(present.to_json())
+    was, now = recorded["manifests"], here["manifests"]
+    parts = [
+        f"the {split} manifest ({now.get(split, 'none')[:12]}, was {was.get(split, 'none')[:12]})"
+        for split in _unequal(was, now)
+    ]
+    parts += [f"{path} of DVC" for path in _unequal(recorded["dvc"], here["dvc"])]
+    return _listed(parts) or "the data differs in its vocabulary"
+
+
+def environment_difference(run_id: str, folder: str, present: Environment) -> str:
+    """Say which distributions and settings differ from those in artifact folder ``folder``."""
+    requirements = _artifact(run_id, f"{folder}environment/requirements.txt").decode()
+    pins = dict(line.split("==") for line in requirements.splitlines())
+    here = dict(line.split("==") for line in present.requirements.splitlines())
+    system = json.loads(_artifact(run_id, f"{folder}environment/system.json"))
+    names = [f"{name} {pins.get(name, 'none')} -> {here.get(name, 'none')}" for name in _unequal(pins, here)]
+    names += [
+        f"{name} {system.get(name)} -> {present.system.get(name)}"
+        for name in present.decisive_system
+        if system.get(name) != present.system.get(name)
+    ]
+    return _listed(names)
+
+
+def numerics_difference(run_id: str, folder: str, present: Environment) -> str:
+    """Say what may have changed the results of the same operations."""
+    system = json.loads(_artifact(run_id, f"{folder}environment/system.json"))
+    names = [name for name in ("processor", "capability", "threads") if system.get(name) != present.system.get(name)]
+    reasons = [f"{name} was {system.get(name)}, is {present.system.get(name)}" for name in names]
+    return "the same operations give other bits here; " + (_listed(reasons) or "the processor and threads are the same")
+
+
+def _artifact(run_id: str, name: str) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        return download(run_id, name, Path(scratch)).read_bytes()
+
+
+def _files(archive: bytes) -> dict[str, str]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        return {
+            entry.filename: f"{entry.external_attr} {hashlib.sha256(files.read(entry)).hexdigest()}"
+            for entry in files.infolist()
+        }
+
+
+def _unequal(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more

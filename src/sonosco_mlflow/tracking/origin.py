@@ -1,0 +1,88 @@
+"""Where a run comes from: its code, its environment and its recipe, together."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from sonosco_mlflow.canary import canary
+from sonosco_mlflow.config import Config, decisive, settings_digest, settings_yaml
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.mlflow_run import CONFIG_DIGEST, TrackedRun
+from sonosco_mlflow.tracking.provenance import CodeSnapshot, Environment, describe_environment, snapshot_code
+from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Code, environment and recipe, as they are when a run or a segment of it begins.
+
+    Attributes:
+        code: the snapshot of the repository.
+        environment: distributions, machine, threads, canary.
+        settings: the recipe, or the user's own settings, nested.
+    """
+
+    code: CodeSnapshot
+    environment: Environment
+    settings: Mapping[str, object]
+
+    @classmethod
+    def take(cls, config: Config | Mapping[str, object], project: Path) -> Self:
+        """Describe what is here now; the number of threads and all else that the canary shows must be set."""
+        settings = config.model_dump(mode="json") if isinstance(config, Config) else config
+        return cls(
+            code=snapshot_code(project),
+            environment=describe_environment(torch.get_num_threads(), canary(), project),
+            settings=settings,
+        )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a state belongs to, as far as it is known here."""
+        return {
+            "config": settings_digest(decisive(self.settings)),
+            "code": self.code.digest,
+            "environment": self.environment.digest,
+            "threads": str(self.environment.system["threads"]),
+            "canary": str(self.environment.system["canary"]),
+        }
+
+    def tags(self) -> dict[str, str]:
+        """Return what a run is tagged with."""
+        return {
+            "sonosco.code_digest": self.code.digest,
+            "sonosco.commit": self.code.commit or "none",
+            "sonosco.dirty": str(self.code.dirty).lower(),
+            CONFIG_DIGEST: settings_digest(self.settings),
+            "sonosco.environment_digest": self.environment.digest,
+            "sonosco.canary": self.digests["canary"],
+        }
+
+    def log(self, run: TrackedRun, folder: str = "") -> None:
+        """Log everything as artifacts of ``run`` in ``folder`` (empty, or ending in a slash)."""
+        run.log_bytes(self.code.archive, f"{folder}code/snapshot.zip")
+        run.log_text(self.code.patch, f"{folder}code/uncommitted.patch")
+        run.log_text(self.code.git_json(), f"{folder}code/git.json")
+        run.log_text(self.environment.requirements, f"{folder}environment/requirements.txt")
+        run.log_text(json.dumps(self.environment.system, indent=1) + "\n", f"{folder}environment/system.json")
+        self.log_recipe(run, folder)
+
+    def log_recipe(self, run: TrackedRun, folder: str = "") -> None:
+        """Log the recipe as an artifact of ``run``; without a folder it is the one that the run goes on with."""
+        run.log_text(settings_yaml(self.settings), f"{folder}config/params.yaml")
+
+
+def data_digests(trainer: ModelTrainer, lineage: DataLineage) -> dict[str, str]:
+    """Return the digests of what ``trainer`` trains on, and of what its device makes of the canary."""
+    digests = {"data": lineage.digest}
+    if lineage.vocabulary is not None:
+        digests["vocabulary"] = lineage.vocabulary
+    if trainer.train_loader is not None:
+        digests["batches"] = trainer.train_loader.digest
+    if trainer.device.type != "cpu":
+        digests["canary"] = canary(str(trainer.device))
+    return digests

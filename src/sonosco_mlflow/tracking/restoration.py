@@ -1,0 +1,112 @@
+"""Bringing back the very data that a run used, by its digests.
+
+The project may have gone on to other data since, and its ``dvc.lock`` is the user's. So what does not lie ready comes
+into a DVC workspace of its own, named after the digest, which no other data replaces while a run reads from it.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.pipeline import (
+    DATA_STAGES,
+    dvc,
+    make_private,
+    ready_data,
+    remotes,
+    reproduce,
+    require_pipeline,
+    require_source,
+    stage_outputs,
+    workspace_locked,
+    workspace_of,
+)
+
+
+def restore_data(
+    config: Config,
+    project: Path,
+    lock: str | None,
+    expected: str,
+    explain: Callable[[DataLineage], str] = lambda lineage: "",
+) -> DataFolder:
+    """Return a folder with the data that a run used: as it lies there, from DVC's cache, from a remote, or made again.
+
+    The project's own ``data``, ``params.yaml`` and ``dvc.lock`` are not changed.
+
+    Args:
+        config: the recipe of the run.
+        project: folder with ``dvc.yaml`` and ``params.yaml``.
+        lock: text of the run's ``dvc.lock`` (:func:`~sonosco_mlflow.tracking.pipeline.lock_text`); without it the data
+            is made again unless it lies there.
+        expected: digest of the run's :class:`DataLineage`.
+        explain: says which parts of other data differ from the run's.
+
+    Raises:
+        UserError: the data is nowhere to be had, and the recipe makes other data now.
+    """
+    project = project.resolve()
+    require_pipeline(project)
+    ready = ready_data(config, project)
+    if _holds(ready, expected):
+        return ready
+    recipe = workspace_of(config, project)
+    workspace = recipe.with_name(f"{recipe.name}-{expected[:12]}")
+    folder = DataFolder(workspace / "data")
+    with workspace_locked(workspace, project):
+        if _holds(folder, expected):
+            return folder
+        make_private(workspace, config, project)
+        if lock is not None:
+            (workspace / "dvc.lock").write_text(lock, encoding="utf-8")
+            for command in _fetching_commands(workspace):
+                print(f"bringing the data of the run: dvc {' '.join(command)}", file=sys.stderr, flush=True)
+                dvc(workspace, *command, *DATA_STAGES)
+                if _holds(folder, expected):
+                    return folder
+        _make_again(workspace, config, project)
+        made = DataLineage.of_folder(folder)
+    if made.digest != expected:
+        raise UserError(
+            f"the data of the run (digest {expected[:12]}) is neither here nor in DVC's cache nor in a remote of "
+            f"{project / '.dvc' / 'config'}, and its recipe makes other data now (digest {made.digest[:12]}). "
+            f"{explain(made)}\nBring back what was lost (`dvc pull` in {workspace} says why a remote did not give it), "
+            "or the code and the source of then"
+        )
+    return folder
+
+
+def _fetching_commands(workspace: Path) -> list[list[str]]:
+    # What one misses, the next may find. By force: nothing in a private workspace is the user's.
+    return [["checkout", "--force"], *(["pull", "--force", "--remote", remote] for remote in remotes(workspace))]
+
+
+def _make_again(workspace: Path, config: Config, project: Path) -> None:
+    try:
+        require_source(config, project)
+        reproduce(workspace)
+    except UserError as error:
+        raise UserError(
+            f"the data of the run is neither here nor in DVC's cache nor in a remote, and cannot be made again: {error}"
+        ) from error
+
+
+def _holds(folder: DataFolder, expected: str) -> bool:
+    """Return whether ``folder`` has the data of that digest, and its files are what ``dvc.lock`` says."""
+    try:
+        lineage = DataLineage.of_folder(folder)
+    except (UserError, OSError):
+        return False
+    return lineage.digest == expected and _is_unchanged(folder)
+
+
+def _is_unchanged(folder: DataFolder) -> bool:
+    # The digest knows the features by `dvc.lock` alone. Not `dvc status`: it says nothing of files whose cache is gone.
+    # This one takes names of stages for paths, silently finds none, and tells of no change.
+    status = dvc(folder.root.parent, "data", "status", "--json", *stage_outputs(folder))
+    return status.returncode == 0 and not json.loads(status.stdout).get("uncommitted")

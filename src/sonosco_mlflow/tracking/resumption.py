@@ -1,0 +1,210 @@
+"""A run that is to go on: what it kept, what its state belongs to, and whether what is here is still that."""
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import mlflow
+from mlflow.entities import Run
+
+from sonosco_mlflow.config import decisive, settings_digest
+from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.serialization.checkpoint import Checkpoint
+from sonosco_mlflow.tracking import identity
+from sonosco_mlflow.tracking.checkpoints import newest_checkpoint
+from sonosco_mlflow.tracking.journal import JOURNAL, Row, read_rows
+from sonosco_mlflow.tracking.lease import Lease
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.mlflow_run import (
+    CONFIG_DIGEST,
+    DATA_DIGEST,
+    KIND,
+    PLACE,
+    STATE,
+    TrackedRun,
+    download,
+    find_run,
+    recorded_settings,
+)
+from sonosco_mlflow.tracking.origin import Origin
+
+if TYPE_CHECKING:
+    from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+@dataclass
+class Resumption:
+    """What is known of a run that is to be continued; the run is not changed by it.
+
+    Attributes:
+        run: as the tracking store has it.
+        tracked: the same, to be reopened.
+        lease: this process's right to train it.
+        folder: the run's own files on this machine; it may be empty.
+        settings: the recipe that the run kept.
+        checkpoint: the newest whole one, or None where the run was killed before the first.
+        allowed: names of the changes that are allowed.
+        changes: digests that differ (recorded, present), once :meth:`check` has compared them.
+    """
+
+    run: Run
+    tracked: TrackedRun
+    lease: Lease
+    folder: Path
+    settings: dict[str, Any]
+    checkpoint: Checkpoint | None
+    allowed: frozenset[str]
+    changes: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, run_id: str, project: Path, allowed: Iterable[str] = ()) -> Self:
+        """Take the lease of a run and bring its newest checkpoint to this machine.
+
+        Raises:
+            UserError: there is no such training run, another process trains it, or a change is unknown.
+        """
+        unknown = sorted(set(allowed) - set(identity.CHANGES))
+        if unknown:
+            raise UserError(f"there is no change '{unknown[0]}' to allow; {nearest(unknown[0], identity.CHANGES)}")
+        run = find_run(run_id)
+        if run.data.tags.get(KIND) != "train":
+            raise UserError(
+                f"run {run_id} is no training: its tag {KIND} is {run.data.tags.get(KIND)!r}; only those continue"
+            )
+        tracked = TrackedRun.find(run)
+        lease = Lease.take(run_id)
+        try:
+            # Again: what stood there before the lease was taken may be outdated.
+            run = find_run(run_id)
+            folder = project / "runs" / run.data.tags.get(PLACE, f"run-{run_id[:6]}")
+            checkpoint = newest_checkpoint(run_id, folder / "checkpoints")
+            settings = recorded_settings(run_id)
+        except BaseException:
+            lease.release()
+            raise
+        return cls(run, tracked, lease, folder, settings, checkpoint, frozenset(allowed))
+
+    @property
+    def was_finished(self) -> bool:
+        """Whether the run says that it came to its end."""
+        return bool(self.run.data.tags.get(STATE) == "finished")
+
+    @property
+    def threads(self) -> int | None:
+        """The number of threads that the run computes with, where it is known."""
+        digests = self._digests()
+        return int(digests["threads"]) if "threads" in digests else None
+
+    def check(self, origin: Origin, data: Mapping[str, str], lineage: DataLineage) -> None:
+        """Compare what is here with what the state belongs to.
+
+        Args:
+            origin: code, environment and recipe of now.
+            data: digests of the data and its batches.
+            lineage: where that data comes from.
+
+        Raises:
+            UserError: something differs and is not allowed.
+        """
+        run_id = self.tracked.id
+        folder = segment_folder(self.tracked.segment)
+        self.changes = identity.check_identity(
+            run_id,
+            self._digests(),
+            {**origin.digests, **data},
+            self.allowed,
+            {
+                "config": lambda: identity.config_difference(decisive(self.settings), decisive(origin.settings)),
+                "code": lambda: identity.code_difference(run_id, folder, origin.code),
+                "data": lambda: identity.data_difference(run_id, lineage),
+                "vocabulary": lambda: "the tokenizer has another vocabulary",
+                "batches": lambda: "the training loader makes other batches (its seed, its size, or the data)",
+                "environment": lambda: identity.environment_difference(run_id, folder, origin.environment),
+                "threads": lambda: f"was {self.threads}, is {origin.environment.system['threads']}",
+                "canary": lambda: identity.numerics_difference(run_id, folder, origin.environment),
+            },
+        )
+
+    def restore(self, trainer: "ModelTrainer") -> None:
+        """Put the state into ``trainer``, which is made as it was when the run began.
+
+        Raises:
+            UserError: its epochs cannot be the run's.
+        """
+        if self.checkpoint is None:
+            return
+        trainer.load_state_dict(self.checkpoint.state)
+        if "config" in self.changes:
+            trainer.renew_optimizer_options()
+        before, now, done = self.checkpoint.objects["parameters"]["epochs"], trainer.epochs, trainer.progress.epoch
+        if now < done:
+            raise UserError(f"training.epochs is {now}, but run {self.tracked.id} has done {done} epochs already")
+        following = [type(callback).__name__ for callback in trainer.callbacks if callback.follows_total_epochs]
+        if now != before and following:
+            raise UserError(
+                f"training.epochs cannot become {now} instead of {before}: {', '.join(following)} follows the number "
+                "of epochs from the start, and would have taken another way; begin a new run"
+            )
+
+    def rows(self, scratch: Path) -> list[Row]:
+        """Return the rows of the journal that this machine has, or else those that the run kept in MLflow."""
+        rows = read_rows(self.folder / JOURNAL)
+        step = 0 if self.checkpoint is None else self.checkpoint.step
+        if {row.step for row in rows if "train_loss" in row.metrics} >= set(range(1, step + 1)):
+            return rows
+        return read_rows(download(self.tracked.id, JOURNAL, scratch))
+
+    def data_lock(self) -> str | None:
+        """Return the ``dvc.lock`` of the newest segment that kept one, or None."""
+        for segment in range(self.tracked.segment, 0, -1):
+            folder = f"{segment_folder(segment)}data"
+            if "dvc.lock" in self.tracked.artifacts_in(folder):
+                with tempfile.TemporaryDirectory() as scratch:
+                    return download(self.tracked.id, f"{folder}/dvc.lock", Path(scratch)).read_text(encoding="utf-8")
+        return None
+
+    def to_json(self) -> str:
+        """Return how the run goes on, as JSON."""
+        content = {
+            "segment": self.tracked.segment,
+            "checkpoint": None if self.checkpoint is None else self.checkpoint.directory.name,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "changes": {name: {"was": was, "is": now} for name, (was, now) in self.changes.items()},
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def _digests(self) -> dict[str, str]:
+        if self.checkpoint is not None:
+            return self.checkpoint.digests
+        tags = self.run.data.tags
+        names = {"code": "code_digest", "environment": "environment_digest", "canary": "canary", "data": "data_digest"}
+        found = {name: tags[f"sonosco.{tag}"] for name, tag in names.items() if f"sonosco.{tag}" in tags}
+        return {**found, "config": settings_digest(decisive(self.settings))}
+
+
+def segment_folder(segment: int) -> str:
+    """Return the artifact folder of a segment's origin: that of the first is the run's own."""
+    return "" if segment == 1 else f"segments/{segment}/"
+
+
+def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | None:
+    """Return the newest training run of an experiment that began as one would now, and did not come to its end."""
+    known = mlflow.get_experiment_by_name(experiment)
+    if known is None:
+        return None
+    expected = {**origin.tags(), DATA_DIGEST: data_digest}
+    same_recipe = f"tags.`{KIND}` = 'train' and tags.`{CONFIG_DIGEST}` = '{expected[CONFIG_DIGEST]}'"
+    for run in mlflow.MlflowClient().search_runs([known.experiment_id], same_recipe):
+        tags = run.data.tags
+        # A run that was killed early has no data yet.
+        if tags.get(STATE) != "finished" and all(tags.get(name, value) == value for name, value in expected.items()):
+            return str(run.info.run_id)
+    return None

@@ -1,0 +1,73 @@
+"""Calling the callbacks of a trainer: its own in their order, then those that observe it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+def emit(trainer: "ModelTrainer", event: str, *arguments: object) -> None:
+    """Call ``event`` of every callback.
+
+    What one of the trainer's own raises in the middle of a micro-step becomes ``trainer.failure`` and is raised at its
+    end: the others are to see the whole step, so that the state lacks nothing but what this one missed. Observers and
+    whatever comes between two micro-steps raise at once.
+    """
+    for callback in trainer.callbacks:
+        try:
+            getattr(callback, event)(trainer, *arguments)
+        except Exception as error:
+            if trainer.at_safe_point:
+                raise
+            trainer.failure = trainer.failure or error
+    for observer in trainer.observers:
+        getattr(observer, event)(trainer, *arguments)
+
+
+def emit_exception(trainer: "ModelTrainer", error: BaseException) -> None:
+    """Tell every callback of ``error``; what one of them raises is noted on it and hides it from none."""
+    for callback in (*trainer.callbacks, *trainer.observers):
+        try:
+            callback.on_exception(trainer, error)
+        except Exception as second:
+            if second is error:
+                continue
+            error.add_note(f"after it, {type(callback).__name__} failed as well: {second!r}")
+
+
+def learning_rate_factor(trainer: "ModelTrainer") -> float:
+    """Return the product of what all callbacks answer."""
+    return math.prod(callback.learning_rate_factor(trainer) for callback in (*trainer.callbacks, *trainer.observers))
+
+
+def callbacks_state(callbacks: Sequence[Callback]) -> dict[str, object]:
+    """Return the state of each callback by its name."""
+    return {name: callback.state_dict() for name, callback in _named(callbacks).items()}
+
+
+def load_callbacks_state(callbacks: Sequence[Callback], state: Mapping[str, Any]) -> None:
+    """Put back what :func:`callbacks_state` returned.
+
+    Raises:
+        UserError: it is of other callbacks.
+    """
+    named = _named(callbacks)
+    if named.keys() != state.keys():
+        raise UserError(f"the state is for the callbacks {sorted(state)}, the trainer has {sorted(named)}")
+    for name, callback in named.items():
+        callback.load_state_dict(state[name])
+
+
+def _named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Return the callbacks by name: their class's, with a number where there are several of one class."""
+    named: dict[str, Callback] = {}
+    for callback in callbacks:
+        name = type(callback).__name__
+        same = sum(other == name or other.startswith(name + "-") for other in named)
+        named[f"{name}-{same + 1}" if same else name] = callback
+    return named
