@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sonosco_mlflow.data.manifest import Manifest
-from sonosco_mlflow.tracking.mlflow_run import connect
+from sonosco_mlflow.tracking.store import connect
 from toy import tone_corpus, tone_texts
 
 

@@ -26,7 +26,7 @@ from sonosco_mlflow.serialization import checkpoint as checkpoint_module
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint, verify_checkpoint
 from sonosco_mlflow.tracking.checkpoints import Deserializer
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
-from sonosco_mlflow.tracking.mlflow_run import download
+from sonosco_mlflow.tracking.store import download
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping
 from sonosco_mlflow.training.callbacks.base import TIMINGS
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint

@@ -13,7 +13,7 @@ from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, m
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.runs import Outcome, evaluate, recognizer_of, report, run_of, train
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
-from sonosco_mlflow.tracking.mlflow_run import download
+from sonosco_mlflow.tracking.store import download
 from toy import ALPHABET
 
 pytestmark = pytest.mark.usefixtures("tracking_store")

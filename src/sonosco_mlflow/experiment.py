@@ -34,10 +34,12 @@ from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import ALLOWED, PLACE, TrackedRun, connect
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.recording import Recording
 from sonosco_mlflow.tracking.resumption import Resumption, segment_folder
+from sonosco_mlflow.tracking.store import connect
+from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
@@ -131,7 +133,7 @@ class Experiment:
         safe_name = re.sub(r"[^\w. -]+", "-", name or "train").strip(". ")[:100]
         place = f"{safe_name}-{run.id[:6]}"
         try:
-            run.set_tags({PLACE: place})
+            run.set_tags({FOLDER: place})
             lease = Lease.take(run.id)
             lease.start()
             origin = Origin.take(config, project)
@@ -317,7 +319,7 @@ class Experiment:
             self.origin.log_recipe(self.run)
             self.run.log_text(self.resumption.to_json(), f"{folder}segment.json")
             if self.resumption.changes:
-                self.run.set_tags({ALLOWED: ",".join(sorted(self.resumption.changes))})
+                self.run.set_tags({ALLOWED_CHANGES: ",".join(sorted(self.resumption.changes))})
         self._lineage.log(self.run, folder)
         self.run.adopt_data_runs(self._lineage.digest)
 
@@ -330,7 +332,7 @@ class Experiment:
         weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
         self.recording.finish(PATIENCE_AT_END)
         if weights is not None:
-            self.run.set_tags({"sonosco.weights_digest": hashlib.sha256(weights.read_bytes()).hexdigest()})
+            self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
         log_results(self.run, trainer, self.history, self.test, self._test_loader, self._lineage)
 
     def _close(self, state: str, error: Exception | None = None) -> None:

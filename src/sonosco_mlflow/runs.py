@@ -28,20 +28,13 @@ from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.tracking.identity import data_difference
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import (
-    DATA_DIGEST,
-    STATE,
-    TrackedRun,
-    connect,
-    download,
-    experiment_name,
-    find_run,
-    recorded_settings,
-)
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
+from sonosco_mlflow.tracking.store import connect, download, experiment_name, find_run, recorded_settings
+from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
 from sonosco_mlflow.training.validation import evaluate as evaluate_model
@@ -229,7 +222,7 @@ def evaluate(
             recorded = {key: value for key, value in parent.data.metrics.items() if key in validation.metrics}
             if recorded:
                 equal = all(validation.metrics[key] == value for key, value in recorded.items())
-                run.set_tags({"sonosco.reproduced": str(equal).lower()})
+                run.set_tags({REPRODUCED: str(equal).lower()})
             run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{metrics_table(validation.metrics)}")
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)

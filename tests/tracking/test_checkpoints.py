@@ -14,8 +14,10 @@ from sonosco_mlflow.serialization.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from sonosco_mlflow.tracking.checkpoints import NEWEST, fetch_checkpoint, newest_checkpoint, upload_checkpoint
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, download, find_run
+from sonosco_mlflow.tracking.checkpoints import fetch_checkpoint, newest_checkpoint, upload_checkpoint
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.store import download, find_run
+from sonosco_mlflow.tracking.tags import CHECKPOINT
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 FILES = ["model.safetensors", "objects.json", "state.json"]
@@ -83,7 +85,7 @@ def test_the_manifest_goes_after_the_files_and_the_tag_after_the_manifest(run: R
     assert run.done() == [
         *(f"put {folder}/{name}" for name in FILES),
         f"put {folder}/{MANIFEST}",
-        f"tag {NEWEST}={folder}",
+        f"tag {CHECKPOINT}={folder}",
     ]
 
 
@@ -96,7 +98,7 @@ def test_an_upload_that_was_cut_off_is_no_checkpoint_and_can_be_made_again(
     with pytest.raises(ConnectionError):
         upload_checkpoint(run, directory, kept(1))
     assert MANIFEST not in run.artifacts_in("checkpoints/step-00000001")
-    assert NEWEST not in find_run(run.id).data.tags
+    assert CHECKPOINT not in find_run(run.id).data.tags
     if failing != FILES[0]:
         with pytest.warns(UserWarning, match="passed over a broken checkpoint"):
             assert newest_checkpoint(run.id, tmp_path / "elsewhere") is None
@@ -111,7 +113,7 @@ def test_one_that_the_run_has_already_is_not_uploaded_again(run: Recorder, check
     upload_checkpoint(run, directory, kept(1))
     run.done()
     upload_checkpoint(run, directory, kept(1))
-    assert run.done() == [f"tag {NEWEST}=checkpoints/step-00000001"]
+    assert run.done() == [f"tag {CHECKPOINT}=checkpoints/step-00000001"]
 
 
 def test_one_that_is_replaced_loses_its_manifest_first(run: Recorder, checkpoints: Path, tmp_path: Path) -> None:
@@ -123,10 +125,28 @@ def test_one_that_is_replaced_loses_its_manifest_first(run: Recorder, checkpoint
         f"delete {folder}/{MANIFEST}",
         *(f"put {folder}/{name}" for name in FILES),
         f"put {folder}/{MANIFEST}",
-        f"tag {NEWEST}={folder}",
+        f"tag {CHECKPOINT}={folder}",
     ]
     back = read_checkpoint(download(run.id, folder, tmp_path / "back"))
     assert back.state["model"]["weight"].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_one_that_is_broken_in_the_store_is_replaced_where_that_is_asked_for(
+    run: Recorder, checkpoints: Path, tmp_path: Path, name: str
+) -> None:
+    directory = write(checkpoints, 1)
+    upload_checkpoint(run, directory, kept(1))
+    broken = tmp_path / name
+    broken.write_bytes((directory / name).read_bytes())
+    break_file(broken)
+    run.log_file(broken, "checkpoints/step-00000001")
+    with pytest.warns(UserWarning, match=f"runs:/{run.id}/checkpoints/step-00000001.*{name}"):
+        upload_checkpoint(run, directory, kept(1), verify=True)
+    verify_checkpoint(download(run.id, "checkpoints/step-00000001", tmp_path / "back"))
+    run.done()
+    upload_checkpoint(run, directory, kept(1), verify=True)
+    assert run.done() == [f"tag {CHECKPOINT}=checkpoints/step-00000001"], "what is whole is not uploaded again"
 
 
 def test_those_that_are_kept_stay_and_no_other(run: Recorder, checkpoints: Path) -> None:
@@ -136,7 +156,7 @@ def test_those_that_are_kept_stay_and_no_other(run: Recorder, checkpoints: Path)
     assert stored(run) == ["notes.txt", "step-00000001", "step-00000005"]
     # Only once the newer one is whole.
     done = run.done()
-    assert done.index(f"tag {NEWEST}=checkpoints/step-00000005") < done.index("delete checkpoints/step-00000002")
+    assert done.index(f"tag {CHECKPOINT}=checkpoints/step-00000005") < done.index("delete checkpoints/step-00000002")
 
 
 def test_an_older_one_is_deleted_by_no_upload_that_failed(run: Recorder, checkpoints: Path) -> None:
@@ -145,7 +165,7 @@ def test_an_older_one_is_deleted_by_no_upload_that_failed(run: Recorder, checkpo
     with pytest.raises(ConnectionError):
         upload_checkpoint(run, write(checkpoints, 2), kept(2))
     assert "step-00000001" in stored(run)
-    assert find_run(run.id).data.tags[NEWEST] == "checkpoints/step-00000001"
+    assert find_run(run.id).data.tags[CHECKPOINT] == "checkpoints/step-00000001"
 
 
 def test_one_that_was_removed_before_its_turn_is_passed_over(run: Recorder, checkpoints: Path) -> None:

@@ -16,7 +16,8 @@ from mlflow.exceptions import MlflowException
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.host_lock import HostLock
 from sonosco_mlflow.tracking.lease import HEARTBEAT, HOST, OWNER, PID, Lease, condition
-from sonosco_mlflow.tracking.mlflow_run import STATE, find_run
+from sonosco_mlflow.tracking.store import find_run
+from sonosco_mlflow.tracking.tags import STATE
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 

@@ -12,7 +12,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
-from sonosco_mlflow.tracking.mlflow_run import download
+from sonosco_mlflow.tracking.store import download
 
 # Waveforms [batch, samples]; texts [batch].
 SIGNATURE = ModelSignature(

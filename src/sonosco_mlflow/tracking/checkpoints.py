@@ -21,10 +21,11 @@ from sonosco_mlflow.serialization.checkpoint import (
     verify_checkpoint,
 )
 from sonosco_mlflow.serialization.durable import make_directory, rename
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, connect, download, find_run
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.store import connect, download, find_run
+from sonosco_mlflow.tracking.tags import CHECKPOINT
 
 FOLDER = "checkpoints"
-NEWEST = "sonosco.checkpoint"
 
 
 def upload_checkpoint(run: TrackedRun, directory: Path, kept: frozenset[str], *, verify: bool = False) -> None:
@@ -51,7 +52,7 @@ def upload_checkpoint(run: TrackedRun, directory: Path, kept: frozenset[str], *,
             if path.name != MANIFEST:
                 run.log_file(path, folder)
         run.log_file(directory / MANIFEST, folder)
-    run.set_tags({NEWEST: folder})
+    run.set_tags({CHECKPOINT: folder})
     for name in run.artifacts_in(FOLDER):
         if position_of(name) is not None and name not in kept:
             run.delete_artifact(f"{FOLDER}/{name}")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import download
 from sonosco_mlflow.tracking.provenance import CodeSnapshot, Environment
+from sonosco_mlflow.tracking.store import download
 
 # The digests in a checkpoint, each with the change that allows another.
 CHANGE_OF = {

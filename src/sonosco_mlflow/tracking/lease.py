@@ -25,12 +25,8 @@ from mlflow.entities import Run, RunTag
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.host_lock import LOCKS, HostLock
-from sonosco_mlflow.tracking.mlflow_run import STATE, find_run
-
-HOST = "sonosco.host"
-PID = "sonosco.pid"
-HEARTBEAT = "sonosco.heartbeat"
-OWNER = "sonosco.owner"
+from sonosco_mlflow.tracking.store import find_run
+from sonosco_mlflow.tracking.tags import HEARTBEAT, HOST, OWNER, PID, STATE
 
 RENEWAL = 30.0
 """Seconds between two signs of life."""

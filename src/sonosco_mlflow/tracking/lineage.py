@@ -11,8 +11,9 @@ from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.text import CharacterTokenizer
-from sonosco_mlflow.tracking.mlflow_run import DATA_DIGEST, TrackedRun
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.pipeline import lock_text, stage_outputs
+from sonosco_mlflow.tracking.tags import DATA_DIGEST
 
 
 @dataclass(frozen=True)

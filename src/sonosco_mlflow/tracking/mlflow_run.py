@@ -4,40 +4,22 @@ Inside ``mlflow run`` the launcher has made a run and named it in ``MLFLOW_RUN_I
 one is made. The launcher overwrites a run's status, so what became of a run also stands in the tag ``sonosco.state``.
 """
 
-import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import mlflow
-import requests
 from mlflow.data import sources
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, Run
-from mlflow.exceptions import MlflowException
-from mlflow.protos import databricks_pb2
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from sonosco_mlflow.errors import UserError, describe_failure
+from sonosco_mlflow.errors import describe_failure
 from sonosco_mlflow.tracking.journal import Recorded, Records, Row
-from sonosco_mlflow.tracking.pipeline import locked
+from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, SEGMENTS, STATE
 
-STATE = "sonosco.state"
-ERROR = "sonosco.error"
-KIND = "sonosco.kind"
-CONFIG_DIGEST = "sonosco.config_digest"
-DATA_DIGEST = "sonosco.data_digest"
-SEGMENTS = "sonosco.segments"
-PLACE = "sonosco.folder"
-ALLOWED = "sonosco.allowed_changes"
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # Of a resume's own; a run that was never stopped has none.
 RESUME_METRICS = "resume."
@@ -47,66 +29,6 @@ PARAMETER_PREFIX = "config."
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 8000
 LARGEST_BATCH = 1000
-
-
-def connect(project: Path) -> None:
-    """Settle the tracking store: ``MLFLOW_TRACKING_URI``, or MLflow's own default made absolute.
-
-    ``dvc exp run --temp`` runs in a copy that is deleted afterwards; the default store of such a copy is the one of
-    the project that it was made from.
-    """
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        root = project.resolve()
-        parts = root.parts
-        for i in range(len(parts) - 2):
-            if parts[i : i + 3] == (".dvc", "tmp", "exps"):
-                root = Path(*parts[:i])
-        # Stages and other children inherit it.
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / 'mlflow.db'}"
-    _quieten()
-    # Two processes that create the database at once can break it for good.
-    with _store_lock(os.environ["MLFLOW_TRACKING_URI"]):
-        mlflow.MlflowClient().search_experiments(max_results=1)
-
-
-def _quieten() -> None:
-    # Waiting for a server is done here, beside the training, and must not keep a stopped run for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    # What MLflow tells of its own doings would stand between the lines of the training.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for name in ("mlflow.store", "mlflow.tracking", "mlflow.system_metrics", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns where there is no pip, as in an environment of uv's.
-    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
-
-
-def _store_lock(uri: str) -> AbstractContextManager[None]:
-    if not uri.startswith("sqlite:///"):
-        return nullcontext()
-    database = Path(uri.removeprefix("sqlite:///"))
-    return locked(database.with_name(database.name + ".lock"))
-
-
-def is_away(error: Exception) -> bool:
-    """Return whether ``error`` means that the tracking server is away or busy, and worth asking again."""
-    if isinstance(error, UserError):
-        return isinstance(error.__cause__, Exception) and is_away(error.__cause__)
-    if isinstance(error, MlflowException):
-        # What a server, or one before it, answers in no words of MLflow's has a status in its text only.
-        answer = re.search(r"^API request to endpoint .* failed with error code (\d{3}) ", str(error))
-        if answer:
-            return _is_busy(int(answer[1]))
-        codes = (databricks_pb2.TEMPORARILY_UNAVAILABLE, databricks_pb2.REQUEST_LIMIT_EXCEEDED)
-        names = {databricks_pb2.ErrorCode.Name(code) for code in codes}
-        # A connection that fails has no code of its own.
-        return error.error_code in names or str(error).startswith("API request to")
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return _is_busy(error.response.status_code)
-    return isinstance(error, requests.RequestException | ConnectionError | TimeoutError)
-
-
-def _is_busy(status: int) -> bool:
-    return status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 class TrackedRun:
@@ -326,53 +248,3 @@ def mark_launched_run_failed(message: str) -> None:
     client.set_tag(launched, ERROR, message[:LONGEST_TAG])
     client.set_tag(launched, STATE, "failed")
     client.set_terminated(launched, "FAILED")
-
-
-def find_run(run_id: str) -> Run:
-    """Return a run by its id.
-
-    Raises:
-        UserError: there is no such run in the tracking store, or the store does not answer.
-    """
-    client = mlflow.MlflowClient()
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if is_away(error):
-            raise UserError(f"the tracking store {mlflow.get_tracking_uri()} does not answer: {error}") from error
-        raise UserError(
-            f"run '{run_id}' is not in the tracking store {mlflow.get_tracking_uri()}; "
-            "`mlflow runs list --experiment-id 0` lists runs, MLFLOW_TRACKING_URI names another store"
-        ) from error
-
-
-def recorded_settings(run_id: str) -> dict[str, Any]:
-    """Return the recipe that a run kept, as nested settings.
-
-    Raises:
-        UserError: it kept none, or one that cannot be read.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        text = download(run_id, "config/params.yaml", Path(scratch)).read_text(encoding="utf-8")
-    try:
-        return dict(YAML(typ="safe").load(text) or {})
-    except (YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"runs:/{run_id}/config/params.yaml: not a recipe ({error})") from error
-
-
-def experiment_name(run: Run) -> str:
-    """Return the name of the MLflow experiment that ``run`` belongs to."""
-    name: str = mlflow.get_experiment(run.info.experiment_id).name
-    return name
-
-
-def download(run_id: str, artifact: str, folder: Path) -> Path:
-    """Bring an artifact (file or folder) of a run into ``folder`` and return where it lies.
-
-    Raises:
-        UserError: the run has no such artifact.
-    """
-    try:
-        return Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{artifact}", dst_path=str(folder)))
-    except (MlflowException, OSError) as error:
-        raise UserError(f"run {run_id} has no artifact '{artifact}': {error}") from error

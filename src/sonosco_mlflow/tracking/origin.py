@@ -11,8 +11,9 @@ import torch
 from sonosco_mlflow.canary import canary
 from sonosco_mlflow.config import Config, decisive, settings_digest, settings_yaml
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import CONFIG_DIGEST, TrackedRun
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.provenance import CodeSnapshot, Environment, describe_environment, snapshot_code
+from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, COMMIT, CONFIG_DIGEST, DIRTY, ENVIRONMENT_DIGEST
 from sonosco_mlflow.training.trainer import ModelTrainer
 
 
@@ -54,12 +55,12 @@ class Origin:
     def tags(self) -> dict[str, str]:
         """Return what a run is tagged with."""
         return {
-            "sonosco.code_digest": self.code.digest,
-            "sonosco.commit": self.code.commit or "none",
-            "sonosco.dirty": str(self.code.dirty).lower(),
+            CODE_DIGEST: self.code.digest,
+            COMMIT: self.code.commit or "none",
+            DIRTY: str(self.code.dirty).lower(),
             CONFIG_DIGEST: settings_digest(self.settings),
-            "sonosco.environment_digest": self.environment.digest,
-            "sonosco.canary": self.digests["canary"],
+            ENVIRONMENT_DIGEST: self.environment.digest,
+            CANARY: self.digests["canary"],
         }
 
     def log(self, run: TrackedRun, folder: str = "") -> None:

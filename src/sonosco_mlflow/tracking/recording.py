@@ -14,8 +14,9 @@ from sonosco_mlflow.serialization.checkpoint import checkpoints_in
 from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
 from sonosco_mlflow.tracking.journal import JOURNAL, Journal
 from sonosco_mlflow.tracking.lease import Lease
-from sonosco_mlflow.tracking.mlflow_run import RESUME_METRICS, TrackedRun, is_away
+from sonosco_mlflow.tracking.mlflow_run import RESUME_METRICS, TrackedRun
 from sonosco_mlflow.tracking.resumption import Resumption
+from sonosco_mlflow.tracking.store import is_away
 from sonosco_mlflow.tracking.tensorboard import TensorBoard
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint

@@ -21,18 +21,19 @@ from sonosco_mlflow.tracking.checkpoints import newest_checkpoint
 from sonosco_mlflow.tracking.journal import JOURNAL, Row, read_rows
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import (
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.origin import Origin
+from sonosco_mlflow.tracking.store import download, find_run, recorded_settings
+from sonosco_mlflow.tracking.tags import (
+    CANARY,
+    CODE_DIGEST,
     CONFIG_DIGEST,
     DATA_DIGEST,
+    ENVIRONMENT_DIGEST,
+    FOLDER,
     KIND,
-    PLACE,
     STATE,
-    TrackedRun,
-    download,
-    find_run,
-    recorded_settings,
 )
-from sonosco_mlflow.tracking.origin import Origin
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
@@ -82,7 +83,7 @@ class Resumption:
         try:
             # Again: what stood there before the lease was taken may be outdated.
             run = find_run(run_id)
-            folder = project / "runs" / run.data.tags.get(PLACE, f"run-{run_id[:6]}")
+            folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
             checkpoint = newest_checkpoint(run_id, folder / "checkpoints")
             settings = recorded_settings(run_id)
         except BaseException:
@@ -185,8 +186,8 @@ class Resumption:
         if self.checkpoint is not None:
             return self.checkpoint.digests
         tags = self.run.data.tags
-        names = {"code": "code_digest", "environment": "environment_digest", "canary": "canary", "data": "data_digest"}
-        found = {name: tags[f"sonosco.{tag}"] for name, tag in names.items() if f"sonosco.{tag}" in tags}
+        names = {"code": CODE_DIGEST, "environment": ENVIRONMENT_DIGEST, "canary": CANARY, "data": DATA_DIGEST}
+        found = {name: tags[tag] for name, tag in names.items() if tag in tags}
         return {**found, "config": settings_digest(decisive(self.settings))}
 
 

@@ -1,0 +1,37 @@
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from sonosco_mlflow.tracking.lease import Lease
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.recording import Recording
+from sonosco_mlflow.tracking.store import download
+
+pytestmark = pytest.mark.usefixtures("tracking_store")
+
+
+def test_the_journal_is_uploaded_as_it_is_at_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on meanwhile; a server that is sent more than was announced takes the rest for nonsense."""
+    sizes: list[tuple[int, int]] = []
+    log_file = TrackedRun.log_file
+
+    def slow(self: TrackedRun, path: Path, folder: str = "") -> None:
+        before = path.stat().st_size
+        writer = threading.Thread(target=recording.journal.write, args=(2, 2, {"train_loss": 1.0}))
+        writer.start()
+        writer.join()
+        sizes.append((before, path.stat().st_size))
+        log_file(self, path, folder)
+
+    with TrackedRun.open("Default", "train") as run:
+        recording = Recording(run, Mock(Lease), tmp_path / "run")
+        recording.journal.write(1, 1, {"train_loss": 2.0})
+        with monkeypatch.context() as patch:
+            patch.setattr(TrackedRun, "log_file", slow)
+            recording._deliver_journal()
+    ((before, after),) = sizes
+    assert before == after
+    assert len(download(run.id, "journal.jsonl", tmp_path).read_bytes().splitlines()) == 1
+    assert len(recording.journal.path.read_bytes().splitlines()) == 2
