@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -26,6 +27,7 @@ from sonosco_mlflow.serialization import checkpoint as checkpoint_module
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint, verify_checkpoint
 from sonosco_mlflow.tracking.checkpoints import Deserializer
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.store import download
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping
 from sonosco_mlflow.training.callbacks.base import TIMINGS
@@ -770,6 +772,32 @@ def test_a_second_interrupt_while_stopping_leaves_at_once(
     assert tags(experiment.run.id)["sonosco.state"] == "interrupted"
     monkeypatch.undo()
     go_on(experiment.run.id, toy_trainer(tone_manifest, stop_at=3), project)
+
+
+def test_an_interrupt_in_the_very_end_leaves_a_run_that_goes_on(
+    whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deliver(self: Experiment, message: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "_deliver_rest", deliver)
+        first = run_experiment(toy_trainer(tone_manifest), project)
+    assert tags(first.run.id)["sonosco.state"] == "interrupted"
+    assert_as_if_never_stopped(go_on(first.run.id, toy_trainer(tone_manifest), project), whole, tmp_path)
+
+
+def test_a_run_of_which_nobody_could_be_told_that_it_is_finished_is_no_success(
+    whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackedRun, "end", Mock(side_effect=ConnectionError("the server is away")))
+        with pytest.raises(ConnectionError):
+            train(experiment, toy_trainer(tone_manifest))
+    assert tags(experiment.run.id)["sonosco.state"] == "running"
+    mlflow.end_run("KILLED")
+    assert_as_if_never_stopped(go_on(experiment.run.id, toy_trainer(tone_manifest), project), whole, tmp_path)
 
 
 def test_a_block_ends_as_it_went(tone_manifest: Manifest, project: Path) -> None:

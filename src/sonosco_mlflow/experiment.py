@@ -305,7 +305,7 @@ class Experiment:
         self._resources.close()
         if self.is_open:
             self.is_open = False
-            self._end("interrupted", "")
+            self._end("interrupted")
         self.lease.release()
 
     # ------------------------------------------------------------------ what goes to MLflow, and when
@@ -342,18 +342,19 @@ class Experiment:
             return
         self.is_open = False
         message = "" if error is None else describe_failure(error)
-        with deferred_interrupts(obeyed=SIGINT):
+        with self.lease, deferred_interrupts(obeyed=SIGINT):
             try:
                 self._deliver_rest(message)
+            except LeaveAtOnce:
+                self._end("interrupted")
+                raise
             except Exception as second:
                 if state == "finished":
-                    state, message = "failed", describe_failure(second)
+                    self._end("failed", describe_failure(second))
                     raise
                 # The first reason is the one to tell.
                 print(f"MLflow lacks some of what run {self.run.id} recorded last: {second}", file=sys.stderr)
-            finally:
-                self._end(state, message)
-                self.lease.release()
+            self._end(state, message)
 
     def _deliver_rest(self, message: str) -> None:
         """Deliver what waits, the console log, and what is written at the end."""
@@ -366,10 +367,12 @@ class Experiment:
         self.run.log_file(self._log, "logs")
         self.recording.close()
 
-    def _end(self, state: str, message: str) -> None:
+    def _end(self, state: str, message: str = "") -> None:
         try:
             self.run.end(state, message)
         except Exception as error:
+            if state == "finished":
+                raise
             # The next command finds the run as vanished, and can continue it.
             print(f"MLflow could not be told that run {self.run.id} is {state}: {error}", file=sys.stderr)
 

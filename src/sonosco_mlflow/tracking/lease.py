@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 import mlflow
 from mlflow.entities import Run, RunTag
@@ -143,6 +144,12 @@ class Lease:
         """
         if self._lost is not None:
             raise UserError(self._lost)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Show no more life and let others take the run; again, or in a forked child, this does nothing."""
