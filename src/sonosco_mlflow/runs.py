@@ -128,6 +128,9 @@ def _train(experiment: Experiment, config: Config, folder: DataFolder, results: 
     trainer.callbacks.append(ModelCheckpoint(**config.checkpoint.model_dump()))
     experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
     continues = experiment.is_open
+    if experiment.resumption is not None and continues:
+        found = experiment.resumption.condition
+        print(f"run {experiment.run.id} was found {found}; it goes on after step {trainer.progress.step}")
     try:
         experiment.start()
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from sonosco_mlflow.serialization.checkpoint import Checkpoint
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import newest_checkpoint
 from sonosco_mlflow.tracking.journal import JOURNAL, Row, read_rows
-from sonosco_mlflow.tracking.lease import Lease
+from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
@@ -45,6 +45,7 @@ class Resumption:
 
     Attributes:
         run: as the tracking store has it.
+        condition: what it was found as: ``interrupted``, ``failed``, ``finished`` or ``vanished``.
         tracked: the same, to be reopened.
         lease: this process's right to train it.
         folder: the run's own files on this machine; it may be empty.
@@ -55,6 +56,7 @@ class Resumption:
     """
 
     run: Run
+    condition: str
     tracked: TrackedRun
     lease: Lease
     folder: Path
@@ -83,18 +85,21 @@ class Resumption:
         try:
             # Again: what stood there before the lease was taken may be outdated.
             run = find_run(run_id)
+            # The lease was free: what says that it is running, is not.
+            state = run.data.tags.get(STATE, VANISHED)
+            condition = VANISHED if state == "running" else state
             folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
             checkpoint = newest_checkpoint(run_id, folder / "checkpoints")
             settings = recorded_settings(run_id)
         except BaseException:
             lease.release()
             raise
-        return cls(run, tracked, lease, folder, settings, checkpoint, frozenset(allowed))
+        return cls(run, condition, tracked, lease, folder, settings, checkpoint, frozenset(allowed))
 
     @property
     def was_finished(self) -> bool:
         """Whether the run says that it came to its end."""
-        return bool(self.run.data.tags.get(STATE) == "finished")
+        return self.condition == "finished"
 
     @property
     def threads(self) -> int | None:
