@@ -7,6 +7,8 @@ import pytest
 
 from sonosco_mlflow.config import decisive
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
+from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.identity import (
     CHANGE_OF,
     CHANGES,
@@ -20,7 +22,6 @@ from sonosco_mlflow.tracking.identity import (
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
-from sonosco_mlflow.tracking.provenance import CodeSnapshot, Environment, snapshot_code
 
 RECORDED = {name: f"old-{name}" for name in CHANGE_OF}
 FLAGS = {

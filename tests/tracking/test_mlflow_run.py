@@ -45,6 +45,17 @@ def test_the_launchers_run_is_used_and_its_own_parameters_do_not_clash(monkeypat
     assert find_run(launched).data.params == {"optimizer.lr": "1e-3", "config.optimizer.lr": "0.001"}
 
 
+def test_the_launchers_note_of_an_address_loses_its_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "https://me:token@example.org/project.git#part"
+    tags = dict.fromkeys(("mlflow.source.name", "mlflow.source.git.repoURL"), address)
+    launched = mlflow.MlflowClient().create_run("0", tags=tags).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    with TrackedRun.open("Default", "data"):
+        pass
+    found = find_run(launched).data.tags
+    assert {found[key] for key in tags} == {"https://example.org/project.git#part"}
+
+
 def test_rows_sent_again_change_nothing() -> None:
     rows = [Row(2 * step, step, 1_700_000_000_000 + step, {"train_loss": 1 / step}) for step in range(1, 1201)]
     rows.append(Row(2400, 1200, 1_700_000_001_300, {"val_loss": 0.5}, {"samples": "not a metric"}))

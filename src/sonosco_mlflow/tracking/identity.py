@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot
+from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.provenance import CodeSnapshot, Environment
 from sonosco_mlflow.tracking.store import download
 
 # The digests in a checkpoint, each with the change that allows another.

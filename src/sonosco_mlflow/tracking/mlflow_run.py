@@ -14,10 +14,17 @@ from mlflow.data import sources
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, Run
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_REPO_URL,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+)
 
 from sonosco_mlflow.errors import describe_failure
 from sonosco_mlflow.tracking.journal import Recorded, Records, Row
+from sonosco_mlflow.tracking.secrecy import without_credentials
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, SEGMENTS, STATE
 
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
@@ -29,6 +36,7 @@ PARAMETER_PREFIX = "config."
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 8000
 LARGEST_BATCH = 1000
+_ADDRESSES = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_REPO_URL)
 
 
 class TrackedRun:
@@ -68,6 +76,10 @@ class TrackedRun:
             active = mlflow.start_run(nested=nested, log_system_metrics=kind == "train")
         run = cls(active)
         run.set_tags({KIND: kind, STATE: "running", MLFLOW_RUN_NAME: f"{name or kind}-{run.id[:6]}"})
+        # The launcher notes the address of the repository as it was given.
+        addresses = {key: active.data.tags[key] for key in _ADDRESSES if key in active.data.tags}
+        clean = {key: without_credentials(address) for key, address in addresses.items()}
+        run.set_tags({key: clean[key] for key in clean if clean[key] != addresses[key]})
         return run
 
     @classmethod

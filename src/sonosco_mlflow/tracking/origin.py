@@ -10,9 +10,10 @@ import torch
 
 from sonosco_mlflow.canary import canary
 from sonosco_mlflow.config import Config, decisive, settings_digest, settings_yaml
+from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
+from sonosco_mlflow.tracking.environment import Environment, describe_environment
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.provenance import CodeSnapshot, Environment, describe_environment, snapshot_code
 from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, COMMIT, CONFIG_DIGEST, DIRTY, ENVIRONMENT_DIGEST
 from sonosco_mlflow.training.trainer import ModelTrainer
 
@@ -66,7 +67,7 @@ class Origin:
     def log(self, run: TrackedRun, folder: str = "") -> None:
         """Log everything as artifacts of ``run`` in ``folder`` (empty, or ending in a slash)."""
         run.log_bytes(self.code.archive, f"{folder}code/snapshot.zip")
-        run.log_text(self.code.patch, f"{folder}code/uncommitted.patch")
+        run.log_bytes(self.code.patch, f"{folder}code/uncommitted.patch")
         run.log_text(self.code.git_json(), f"{folder}code/git.json")
         run.log_text(self.environment.requirements, f"{folder}environment/requirements.txt")
         run.log_text(json.dumps(self.environment.system, indent=1) + "\n", f"{folder}environment/system.json")

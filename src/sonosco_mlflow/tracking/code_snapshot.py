@@ -1,0 +1,229 @@
+"""The code of a run, exactly as it ran.
+
+The snapshot holds every file that git tracks and every untracked one that it does not ignore, as they are in the
+working tree: the commit alone would not say what ran. Beside it stand the commit, and what turns it into what ran.
+
+>>> snapshot = snapshot_code(Path())                       # doctest: +SKIP
+>>> unpack(snapshot.archive, Path("/tmp/then"))            # doctest: +SKIP
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import tempfile
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import git
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
+
+LARGEST_FILE = 10 * 1024 * 1024
+# The recipe and the data have digests of their own: a run with other parameters does not run other code.
+NOT_CODE = frozenset({"params.yaml", "dvc.lock"})
+# A fixed date: the archive's bytes are to depend on the files alone.
+_ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
+_SUBMODULE = "160000"
+# As git does it: a file with a zero byte in its beginning is no text.
+_BEGINNING = 8000
+
+
+@dataclass(frozen=True)
+class CodeSnapshot:
+    """The code of a run.
+
+    Attributes:
+        archive: bytes of a zip of all files; equal files give equal bytes.
+        digest: sha256 over names, modes and contents, save the recipe's and ``dvc.lock``'s.
+        patch: the difference to the commit, for ``git apply``; untracked texts are new files in it.
+        commit: hexadecimal id, or None outside git or before the first commit.
+        branch: its name, or None when detached or outside git.
+        remote: address of ``origin`` without credentials, or None.
+        dirty: whether code differs from the commit, untracked files included.
+        submodules: commit of each, by path.
+        left_out: files that are too large for the archive, with their sha256.
+        withheld: files that look like secrets; nothing of them is kept.
+    """
+
+    archive: bytes
+    digest: str
+    patch: bytes = b""
+    commit: str | None = None
+    branch: str | None = None
+    remote: str | None = None
+    dirty: bool = True
+    submodules: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    withheld: list[str] = field(default_factory=list)
+
+    def git_json(self) -> str:
+        """Return the facts beside the archive as JSON."""
+        facts = {
+            "commit": self.commit,
+            "branch": self.branch,
+            "remote": self.remote,
+            "dirty": self.dirty,
+            "submodules": self.submodules,
+            "code_digest": self.digest,
+            "left_out": self.left_out,
+            "withheld": self.withheld,
+        }
+        return json.dumps(facts, indent=1, sort_keys=True) + "\n"
+
+
+def snapshot_code(folder: Path) -> CodeSnapshot:
+    """Take the snapshot of the repository that ``folder`` is in; outside git, of the package itself.
+
+    Files that look like secrets are named by a warning and left out.
+    """
+    try:
+        repository = git.Repo(folder, search_parent_directories=True)
+    except git.InvalidGitRepositoryError:
+        root = Path(__file__).resolve().parents[1]
+        packed = _Packing(root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")))
+        return CodeSnapshot(packed.archive, packed.digest)
+    with repository:
+        root = Path(repository.working_dir)
+        packed = _Packing(root, [*_listed(repository, "--cached"), *_listed(repository, "--others")])
+        if packed.withheld:
+            warnings.warn(
+                f"left out of the run's code, because they look like secrets: {', '.join(packed.withheld)}",
+                stacklevel=2,
+            )
+        return CodeSnapshot(
+            archive=packed.archive,
+            digest=packed.digest,
+            patch=_patch(repository, packed.withheld),
+            commit=repository.head.commit.hexsha if repository.head.is_valid() else None,
+            branch=None if repository.head.is_detached else repository.active_branch.name,
+            remote=without_credentials(repository.remotes.origin.url) if "origin" in repository.remotes else None,
+            dirty=not repository.head.is_valid() or _is_changed(repository),
+            submodules=_submodules(repository),
+            left_out=packed.left_out,
+            withheld=packed.withheld,
+        )
+
+
+def unpack(archive: bytes, folder: Path) -> None:
+    """Write the files of a snapshot into ``folder``, which is made; modes and links are what they were.
+
+    Raises:
+        UserError: a file of the archive would lie outside of ``folder``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    root = folder.resolve()
+    links = {}
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        for entry in files.infolist():
+            path = root / entry.filename
+            if not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"the code snapshot names '{entry.filename}', which leaves its folder; it was not made by us"
+                )
+            mode = entry.external_attr >> 16
+            if stat.S_ISLNK(mode):
+                links[path] = os.fsdecode(files.read(entry))
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files.read(entry))
+            path.chmod(stat.S_IMODE(mode))
+    # Last: nothing is written through a link.
+    for path, target in links.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(target)
+
+
+class _Packing:
+    """Files of ``root`` packed into an archive, with one digest of them all."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.left_out: dict[str, str] = {}
+        self.withheld: list[str] = []
+        buffer = io.BytesIO()
+        digest = hashlib.sha256()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in sorted({*names}):
+                path = root / name
+                # Deleted and not committed; or a submodule, whose commit is part of the repository's own.
+                if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
+                    continue
+                if is_secret(path):
+                    self.withheld.append(name)
+                    continue
+                entry = self._add(archive, path, name)
+                if name not in NOT_CODE:
+                    digest.update(json.dumps(entry).encode())
+        self.archive = buffer.getvalue()
+        self.digest = digest.hexdigest()
+
+    def _add(self, archive: zipfile.ZipFile, path: Path, name: str) -> list[object]:
+        status = path.lstat()
+        # Of the mode only the kind of file and the executable bit count, as in git.
+        kind = stat.S_IFMT(status.st_mode) | (0o755 if status.st_mode & stat.S_IXUSR else 0o644)
+        if status.st_size > LARGEST_FILE:
+            with path.open("rb") as file:
+                self.left_out[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            return [name, kind, self.left_out[name]]
+        content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
+        entry = zipfile.ZipInfo(name, _ARCHIVE_DATE)
+        entry.external_attr = kind << 16
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        archive.writestr(entry, content)
+        return [name, kind, hashlib.sha256(content).hexdigest()]
+
+
+def _listed(repository: git.Repo, kind: str) -> list[str]:
+    listed = repository.git.ls_files("-z", kind, "--exclude-standard", strip_newline_in_stdout=False)
+    return [name for name in listed.split("\0") if name]
+
+
+def _is_changed(repository: git.Repo) -> bool:
+    status = repository.git.status("-z", "--porcelain", "--no-renames", strip_newline_in_stdout=False)
+    changed = {entry[3:] for entry in status.split("\0") if entry}
+    return bool(changed - NOT_CODE)
+
+
+def _submodules(repository: git.Repo) -> dict[str, str]:
+    staged = repository.git.ls_files("-z", "--stage", strip_newline_in_stdout=False).split("\0")
+    entries = (entry.partition("\t") for entry in staged if entry.startswith(_SUBMODULE))
+    return {name: facts.split()[1] for facts, _, name in entries}
+
+
+def _patch(repository: git.Repo, withheld: list[str]) -> bytes:
+    root = Path(repository.working_dir)
+    texts = [name for name in _listed(repository, "--others") if name not in withheld and _is_small_text(root / name)]
+    base = "HEAD" if repository.head.is_valid() else repository.git.hash_object("-t", "tree", os.devnull)
+    # Whatever the user's settings say of diffs, `git apply` must understand this one.
+    form = ("--binary", "--full-index", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames")
+    prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
+    paths = [".", *(f":(exclude,literal){name}" for name in withheld)]
+    with tempfile.TemporaryDirectory() as scratch:
+        # In a copy of the index the untracked texts are announced; the user's stays as it is.
+        index, own = Path(scratch) / "index", Path(repository.git_dir) / "index"
+        if own.exists():
+            shutil.copyfile(own, index)
+        with repository.git.custom_environment(GIT_INDEX_FILE=str(index)):
+            if texts:
+                names = Path(scratch) / "names"
+                names.write_bytes(b"\0".join(map(os.fsencode, texts)))
+                with repository.git.custom_environment(GIT_LITERAL_PATHSPECS="1"):
+                    repository.git.add("--intent-to-add", f"--pathspec-from-file={names}", "--pathspec-file-nul")
+            patch: bytes = repository.git.diff(
+                base, *form, *prefixes, "--", *paths, stdout_as_string=False, strip_newline_in_stdout=False
+            )
+            return patch
+
+
+def _is_small_text(path: Path) -> bool:
+    if path.is_symlink():
+        return True
+    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+        return False
+    with path.open("rb") as file:
+        return b"\0" not in file.read(_BEGINNING)

@@ -1,0 +1,337 @@
+import hashlib
+import io
+import os
+import stat
+import subprocess
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import snapshot_code, unpack
+from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    git(tmp_path, "init", "--quiet", "--initial-branch=main")
+    (tmp_path / ".gitignore").write_text("ignored.txt\n")
+    (tmp_path / "tracked.py").write_text("x = 1\n")
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "commit", "--quiet", "--message", "first")
+    return tmp_path
+
+
+ODD_NAMES = ("with space.py", "naïve ü.txt", "new\nline", "-dash", 'quote".py', "tab\t", "a/b/c d/deep.txt")
+
+
+def spoil(folder: Path) -> None:
+    """Leave a working tree in every kind of disorder."""
+    (folder / "tracked.py").write_text("x = 2\n")
+    (folder / "tracked.py").chmod(0o755)
+    for name in ODD_NAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name}\n")
+    (folder / "empty").write_bytes(b"")
+    (folder / "no end of line").write_bytes(b"x\r\ny")
+    (folder / "latin").write_bytes("ä\n".encode("latin-1"))
+    (folder / "binary").write_bytes(bytes(range(256)))
+    (folder / "script.sh").write_text("#!/bin/sh\n")
+    (folder / "script.sh").chmod(0o755)
+    (folder / "link").symlink_to("tracked.py")
+    (folder / "broken link").symlink_to("nowhere")
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a working tree by name, with its kind and executable bit, and its content."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name.split("/")[0] == ".git" or (path.is_dir() and not path.is_symlink()):
+            continue
+        mode = path.lstat().st_mode
+        content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
+        found[name] = (stat.S_IFMT(mode) | (mode & stat.S_IXUSR), content)
+    return found
+
+
+def names(archive: bytes) -> list[str]:
+    return zipfile.ZipFile(io.BytesIO(archive)).namelist()
+
+
+def test_a_clean_tree_is_its_commit(repository: Path) -> None:
+    snapshot = snapshot_code(repository)
+    assert snapshot.commit == git(repository, "rev-parse", "HEAD").strip()
+    assert snapshot.branch == "main"
+    assert not snapshot.dirty
+    assert snapshot.patch == b""
+    assert names(snapshot.archive) == [".gitignore", "tracked.py"]
+
+
+def test_untracked_files_are_in_it_and_ignored_ones_are_not(repository: Path) -> None:
+    (repository / "untracked.py").write_text("y = 2\n")
+    (repository / "ignored.txt").write_text("secret\n")
+    snapshot = snapshot_code(repository)
+    assert snapshot.dirty
+    assert names(snapshot.archive) == [".gitignore", "tracked.py", "untracked.py"]
+
+
+def test_the_patch_makes_the_commit_what_ran(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    spoil(repository)
+    for key, value in (("diff.noprefix", "true"), ("diff.external", "false"), ("color.ui", "always")):
+        git(repository, "config", key, value)
+    index = (repository / ".git" / "index").read_bytes()
+    snapshot = snapshot_code(repository)
+    assert (repository / ".git" / "index").read_bytes() == index
+    clone = tmp_path_factory.mktemp("clones") / "clone"
+    git(repository, "clone", "--quiet", str(repository), str(clone))
+    (clone / ".git" / "patch").write_bytes(snapshot.patch)
+    git(clone, "apply", ".git/patch")
+    # Untracked files that are no text are in the archive alone.
+    expected = {name: facts for name, facts in tree(repository).items() if name != "binary"}
+    assert tree(clone) == expected
+
+
+def test_the_digest_depends_on_contents_names_and_modes_and_on_nothing_else(repository: Path) -> None:
+    first = snapshot_code(repository)
+    (repository / "tracked.py").write_text("x = 2\n")
+    changed = snapshot_code(repository)
+    (repository / "tracked.py").write_text("x = 1\n")
+    assert snapshot_code(repository).archive == first.archive
+    assert snapshot_code(repository).digest == first.digest != changed.digest
+    (repository / "tracked.py").chmod(0o755)
+    assert snapshot_code(repository).digest not in {first.digest, changed.digest}
+
+
+def test_other_parameters_and_other_data_are_no_other_code(repository: Path) -> None:
+    before = snapshot_code(repository)
+    (repository / "params.yaml").write_text("training: {epochs: 2}\n")
+    (repository / "dvc.lock").write_text("stages: {}\n")
+    after = snapshot_code(repository)
+    assert after.digest == before.digest
+    assert not after.dirty
+    assert {"params.yaml", "dvc.lock"} <= set(names(after.archive))
+
+
+def test_a_file_deleted_but_not_committed_is_left_out(repository: Path) -> None:
+    (repository / "tracked.py").unlink()
+    snapshot = snapshot_code(repository)
+    assert names(snapshot.archive) == [".gitignore"]
+    assert snapshot.dirty
+
+
+def test_before_the_first_commit_and_detached(tmp_path: Path, repository: Path) -> None:
+    git(repository, "checkout", "--quiet", "--detach")
+    assert snapshot_code(repository).branch is None
+    unborn = tmp_path / "unborn"
+    unborn.mkdir()
+    git(unborn, "init", "--quiet")
+    (unborn / "a.py").write_text("")
+    snapshot = snapshot_code(unborn)
+    assert snapshot.commit is None
+    assert names(snapshot.archive) == ["a.py"]
+
+
+def test_outside_git_the_package_itself_is_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    snapshot = snapshot_code(tmp_path_factory.mktemp("bare"))
+    assert snapshot.commit is None
+    assert "tracking/code_snapshot.py" in names(snapshot.archive)
+
+
+def test_credentials_do_not_leave(repository: Path) -> None:
+    git(repository, "remote", "add", "origin", "https://user:secret@example.org/repository.git")
+    snapshot = snapshot_code(repository)
+    assert snapshot.remote == "https://example.org/repository.git"
+    assert "secret" not in snapshot.git_json()
+
+
+def test_a_large_file_is_listed_with_its_digest(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sonosco_mlflow.tracking.code_snapshot.LARGEST_FILE", 100)
+    (repository / "large.bin").write_bytes(bytes(101))
+    snapshot = snapshot_code(repository)
+    assert "large.bin" not in names(snapshot.archive)
+    assert list(snapshot.left_out) == ["large.bin"]
+
+
+# ---------------------------------------------------------------------- there and back
+
+
+def clean(repository: Path, places: Path) -> Path:
+    return repository
+
+
+def dirty(repository: Path, places: Path) -> Path:
+    spoil(repository)
+    return repository
+
+
+def staged(repository: Path, places: Path) -> Path:
+    spoil(repository)
+    git(repository, "add", "--all")
+    return repository
+
+
+def detached(repository: Path, places: Path) -> Path:
+    git(repository, "checkout", "--quiet", "--detach")
+    return dirty(repository, places)
+
+
+def worktree(repository: Path, places: Path) -> Path:
+    git(repository, "worktree", "add", "--quiet", "--detach", str(places / "worktree"))
+    return dirty(places / "worktree", places)
+
+
+def cloned(repository: Path, places: Path) -> Path:
+    git(repository, "clone", "--quiet", str(repository), str(places / "clone"))
+    return dirty(places / "clone", places)
+
+
+def unborn(repository: Path, places: Path) -> Path:
+    git(places, "init", "--quiet", "unborn")
+    (places / "unborn" / "tracked.py").write_text("")
+    return dirty(places / "unborn", places)
+
+
+@pytest.mark.parametrize("situation", [clean, dirty, staged, detached, worktree, cloned, unborn])
+def test_what_is_unpacked_is_what_was_there(
+    situation: Callable[[Path, Path], Path], repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    places = tmp_path_factory.mktemp("places")
+    folder = situation(repository, places)
+    before = git(folder, "status", "--porcelain")
+    snapshot = snapshot_code(folder)
+    assert git(folder, "status", "--porcelain") == before
+    unpack(snapshot.archive, places / "again")
+    assert tree(places / "again") == tree(folder)
+    git(places, "init", "--quiet", "again")
+    assert snapshot_code(places / "again").digest == snapshot.digest
+    assert snapshot_code(folder).archive == snapshot.archive
+
+
+def test_before_the_first_commit_the_patch_makes_everything(tmp_path: Path) -> None:
+    folder = unborn(tmp_path, tmp_path)
+    patch = snapshot_code(folder).patch
+    git(tmp_path, "init", "--quiet", "again")
+    (tmp_path / "patch").write_bytes(patch)
+    git(tmp_path / "again", "apply", "../patch")
+    assert tree(tmp_path / "again") == {name: facts for name, facts in tree(folder).items() if name != "binary"}
+
+
+def test_submodules_are_named_with_their_commits(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    git(other, "init", "--quiet")
+    (other / "file").write_text("x")
+    git(other, "add", "--all")
+    git(other, "commit", "--quiet", "--message", "first")
+    git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(other), "with space")
+    snapshot = snapshot_code(repository)
+    assert snapshot.submodules == {"with space": git(other, "rev-parse", "HEAD").strip()}
+    assert "with space/file" not in names(snapshot.archive)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
+def test_a_forged_archive_writes_nothing_outside(tmp_path: Path, name: str) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, "x")
+    with pytest.raises(UserError, match="leaves its folder"):
+        unpack(buffer.getvalue(), tmp_path / "inside")
+    assert [path.name for path in tmp_path.rglob("*")] == ["inside"]
+
+
+def test_a_forged_archive_writes_through_no_link(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (stat.S_IFLNK | 0o644) << 16
+        archive.writestr(link, str(tmp_path / "outside"))
+        archive.writestr("link/file", "x")
+    (tmp_path / "outside").mkdir()
+    with pytest.raises(OSError, match="link"):
+        unpack(buffer.getvalue(), tmp_path / "inside")
+    assert not list((tmp_path / "outside").iterdir())
+
+
+# ---------------------------------------------------------------------- secrets
+
+# In two pieces: these lines are no secrets.
+TOKEN = "ghp_" + 40 * "a"
+PRIVATE_KEY = "-----BEGIN OPENSSH " + "PRIVATE KEY-----"
+
+
+def test_secrets_stay(repository: Path) -> None:
+    git(repository, "remote", "add", "origin", f"https://{TOKEN}@example.org/repository.git?token={TOKEN}")
+    (repository / "tracked.py").write_text(f"token = '{TOKEN}'\n")
+    (repository / ".env").write_text(f"TOKEN={TOKEN}\n")
+    git(repository, "add", "--force", ".env")
+    (repository / "deploy").mkdir()
+    (repository / "deploy" / "key of mine").write_text(f"{PRIVATE_KEY}\n{TOKEN}\n")
+    with pytest.warns(UserWarning, match=r"look like secrets: \.env, deploy/key of mine, tracked\.py"):
+        snapshot = snapshot_code(repository)
+    assert snapshot.withheld == [".env", "deploy/key of mine", "tracked.py"]
+    kept = [zipfile.ZipFile(io.BytesIO(snapshot.archive)).read(name) for name in names(snapshot.archive)]
+    for content in (*kept, snapshot.patch, snapshot.git_json().encode()):
+        assert TOKEN.encode() not in content
+        assert PRIVATE_KEY.encode() not in content
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, True) for name in (".env", ".env.local", "prod.env", "server.pem", "id_ed25519", ".netrc", "token")),
+        *((name, True) for name in ("credentials.json", "aws-credentials", "client_secret.json", "secrets.yaml")),
+        *((name, False) for name in (".env.example", "tokens.txt", "tokenizer.json", "environment.py", "secrets.py")),
+        *((name, False) for name in ("keys.py", "monkey.txt", "token.py", "README.md")),
+    ],
+)
+def test_the_names_of_secrets(tmp_path: Path, name: str, expected: bool) -> None:
+    (tmp_path / name).write_text("x\n")
+    assert is_secret(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("https://example.org/a.git", "https://example.org/a.git"),
+        ("https://me:pass@example.org:8080/a.git?key=pass#x", "https://example.org:8080/a.git#x"),
+        ("ssh://git@example.org/a.git", "ssh://example.org/a.git"),
+        ("git@example.org:a.git", "git@example.org:a.git"),
+        ("/srv/git/a.git", "/srv/git/a.git"),
+    ],
+)
+def test_addresses_without_credentials(address: str, expected: str) -> None:
+    assert without_credentials(address) == expected
+
+
+# ---------------------------------------------------------------------- quick
+
+
+def test_five_thousand_files_take_seconds(repository: Path) -> None:
+    for number in range(5000):
+        folder = repository / f"part-{number // 100}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.py").write_text(f"x = {number}\n" * 50)
+    started = time.process_time()
+    snapshot_code(repository)
+    assert time.process_time() - started < 5
+
+
+def test_a_file_of_200_megabytes_is_not_read_into_memory(repository: Path) -> None:
+    with (repository / "large.bin").open("wb") as file:
+        file.truncate(200_000_000)
+    tracemalloc.start()
+    snapshot = snapshot_code(repository)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert list(snapshot.left_out) == ["large.bin"]
+    assert snapshot.left_out["large.bin"] == hashlib.sha256(bytes(200_000_000)).hexdigest()
+    assert peak < 20_000_000
