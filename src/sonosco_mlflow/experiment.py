@@ -132,6 +132,7 @@ class Experiment:
         # A name in the UI may hold anything, a folder's may not.
         safe_name = re.sub(r"[^\w. -]+", "-", name or "train").strip(". ")[:100]
         place = f"{safe_name}-{run.id[:6]}"
+        lease: Lease | None = None
         try:
             run.set_tags({FOLDER: place})
             lease = Lease.take(run.id)
@@ -140,8 +141,11 @@ class Experiment:
             run.set_tags(origin.tags())
             run.log_parameters(dict(flatten(origin.settings)))
             origin.log(run)
-        except Exception as error:
-            run.end("failed", describe_failure(error))
+        except BaseException as error:
+            state, failure = _state_after(error)
+            run.end(state, "" if failure is None else describe_failure(failure))
+            if lease is not None:
+                lease.release()
             raise
         return cls(run, lease, serializer or Serializer(), project / "runs" / place, origin)
 
@@ -239,6 +243,8 @@ class Experiment:
             Exception: whatever the training raised; the run is marked as failed.
         """
         trainer = self._required_trainer()
+        if not self.is_open and (self.resumption is None or not self.resumption.was_finished):
+            raise UserError(f"run {self.run.id} is closed; Experiment.resume('{self.run.id}') continues it")
         if not self.is_open:
             reason = f": {trainer.stop_reason}" if trainer.stop_reason else ""
             print(f"run {self.run.id} finished after {trainer.progress.epoch} epochs{reason}; there is nothing to do")
@@ -267,11 +273,19 @@ class Experiment:
         try:
             # A launcher's SIGTERM behind the SIGINT must not cut this off; the user's second SIGINT may.
             with deferred_interrupts(obeyed=SIGINT):
-                if self.is_open and self._checkpoint is not None and trainer.at_safe_point:
-                    self._checkpoint.save(trainer)
+                self._save(trainer)
                 self._close("interrupted")
         except LeaveAtOnce:
             self._leave()
+            raise
+
+    def _save(self, trainer: ModelTrainer) -> None:
+        if not self.is_open or self._checkpoint is None or not trainer.at_safe_point:
+            return
+        try:
+            self._checkpoint.save(trainer)
+        except Exception as error:
+            self._close("failed", error)
             raise
 
     def __enter__(self) -> Self:
@@ -294,10 +308,13 @@ class Experiment:
         """Open the run again, with everything as it was at the checkpoint."""
         self.run.reopen()
         self.is_open = True
-        self.lease.start()
         kept = frozenset() if self._checkpoint is None else self._checkpoint.kept
-        self.recording.resume(resumption, trainer.progress.micro_step, kept)
-        self._log_beginning()
+        try:
+            self.recording.resume(resumption, trainer.progress.micro_step, kept)
+            self._log_beginning()
+        except BaseException as error:
+            self._close(*_state_after(error))
+            raise
 
     def _leave(self) -> None:
         """End the run without waiting for anything."""
@@ -324,11 +341,10 @@ class Experiment:
         self.run.adopt_data_runs(self._lineage.digest)
 
     def _finish(self, trainer: ModelTrainer) -> None:
-        progress = trainer.progress
         if self._test_loader is not None:
             self.test = trainer.evaluate(self._test_loader, "test_")
-            # After the last position that a checkpoint could count: a resume makes it again.
-            self.recording.journal.write(progress.micro_step + 1, progress.step, self.test.metrics)
+            # No checkpoint counts it: a resume makes it again.
+            self.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
         weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
         self.recording.finish(PATIENCE_AT_END)
         if weights is not None:
@@ -380,6 +396,10 @@ class Experiment:
         if self._trainer is None:
             raise UserError("the experiment has no trainer yet; call setup_model_trainer first")
         return self._trainer
+
+
+def _state_after(error: BaseException) -> tuple[str, Exception | None]:
+    return ("failed", error) if isinstance(error, Exception) else ("interrupted", None)
 
 
 def _own(trainer: ModelTrainer, kind: type[C]) -> C | None:

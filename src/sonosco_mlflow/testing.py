@@ -40,7 +40,7 @@ from torch import Tensor
 from sonosco_mlflow.determinism import preserved_generators
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.state import Tree, join_tree, json_bytes, split_tree, tensor_bytes
-from sonosco_mlflow.training.callbacks.base import TIMINGS, Callback
+from sonosco_mlflow.training.callbacks.base import Callback, is_timing
 from sonosco_mlflow.training.trainer import ModelTrainer
 
 MOST_DIFFERENCES = 5
@@ -138,7 +138,7 @@ class Witness(Callback):
     def on_metrics(self, trainer: ModelTrainer, metrics: Mapping[str, float]) -> None:
         """Note the metrics that a repeated training repeats."""
         for name, value in metrics.items():
-            if name not in TIMINGS:
+            if not is_timing(name):
                 self.records.append((f"{name} at step {trainer.progress.step}", repr(float(value))))
 
     def on_text(self, trainer: ModelTrainer, name: str, text: str) -> None:

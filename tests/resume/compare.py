@@ -10,7 +10,7 @@ from tensorboard.util import tensor_util
 
 from sonosco_mlflow.serialization.checkpoint import position_of
 from sonosco_mlflow.tracking.journal import read_rows
-from sonosco_mlflow.training.callbacks.base import TIMINGS
+from sonosco_mlflow.training.callbacks.base import is_timing
 from sonosco_mlflow.training.callbacks.model_checkpoint import FAILED
 
 MOST_DIFFERENCES = 8
@@ -56,7 +56,7 @@ def _metrics(world: World) -> Facts:
         if name.startswith(NOT_COMPARED):
             continue
         for item in client.get_metric_history(run.info.run_id, name):
-            value = "any" if name in TIMINGS else float(item.value).hex()
+            value = "any" if is_timing(name) else float(item.value).hex()
             key = f"{name} at step {item.step}"
             # More than one row is a difference, even of equal values.
             facts[key] = f"{facts[key]}, {value}" if key in facts else value
@@ -93,7 +93,7 @@ def _tables(world: World) -> Facts:
 def _journal(world: World) -> Facts:
     rows = []
     for row in read_rows(world.artifacts / "journal.jsonl"):
-        values = {name: "any" if name in TIMINGS else value.hex() for name, value in row.metrics.items()}
+        values = {name: "any" if is_timing(name) else value.hex() for name, value in row.metrics.items()}
         values.pop(AT_MOST_ONCE, None)
         if values or row.texts:
             rows.append(json.dumps([row.micro_step, row.step, values, row.texts]))
@@ -105,7 +105,7 @@ def _events(folder: Path) -> Iterable[tuple[str, int, str]]:
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 content = repr(tensor_util.make_ndarray(value.tensor).tolist())
-                yield value.tag, event.step, "any" if value.tag in TIMINGS else content
+                yield value.tag, event.step, "any" if is_timing(value.tag) else content
 
 
 def _event_facts(folder: Path) -> Facts:

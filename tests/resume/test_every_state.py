@@ -85,6 +85,7 @@ def test_schedules_that_follow_the_epochs(tone_manifest: Manifest) -> None:
     assert_exact_resume(maker(tone_manifest, callbacks=lambda model: callbacks, epochs=3))
 
 
+@pytest.mark.filterwarnings("ignore:.* held .* checkpoints of another training")
 def test_a_training_that_saves_checkpoints(tone_manifest: Manifest, tmp_path: Path) -> None:
     def callbacks(model: nn.Module) -> list[Callback]:
         return [EarlyStopping(patience=4), ModelCheckpoint(tmp_path, every_steps=3)]

@@ -22,7 +22,7 @@ def rows_of(path: Path) -> list[tuple[int, int, dict[str, float]]]:
 
 def at(micro_step: int, step: int) -> Any:
     """As much of a trainer as a journal looks at."""
-    return SimpleNamespace(progress=SimpleNamespace(micro_step=micro_step, step=step))
+    return SimpleNamespace(position=micro_step, progress=SimpleNamespace(step=step))
 
 
 def resumed(path: Path, recorded: dict[tuple[str, int], Recorded], send: Callable[[list[Row]], None]) -> Journal:

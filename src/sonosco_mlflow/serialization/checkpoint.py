@@ -174,6 +174,9 @@ def write_checkpoint(parent: Path, snapshot: Snapshot) -> Path:
     write_bytes(partial / MANIFEST, proof)
     sync_directory(partial)
     superseded = parent / f".removing-{snapshot.name}"
+    if superseded.exists():
+        # A crash left it.
+        clear_directory(superseded)
     if target.exists():
         rename(target, superseded)
     rename(partial, target)

@@ -155,6 +155,9 @@ class Construction:
             raise UserError(
                 f"'{name}' is not a class that documents may build; if it is yours, mark it @serializable and import it"
             )
+        refused = sorted(parameters.keys() & getattr(target, "unwritten_parameters", frozenset()))
+        if refused:
+            raise UserError(f"{name} is never written with {refused}, which say where it acts: the document is forged")
         built = {key: self.value(item) for key, item in parameters.items()}
         try:
             return built_from(target, built)

@@ -111,9 +111,14 @@ class AppendedFile:
             raise
 
     def append(self, content: bytes) -> None:
-        """Append ``content``."""
+        """Append ``content``, whole or, where that fails, nothing."""
+        length = os.lseek(self._descriptor, 0, os.SEEK_END)
         with _naming(self._path):
-            _write_all(self._descriptor, content)
+            try:
+                _write_all(self._descriptor, content)
+            except OSError:
+                os.ftruncate(self._descriptor, length)
+                raise
 
     def sync(self) -> None:
         """Return when all that was appended is on the disk."""

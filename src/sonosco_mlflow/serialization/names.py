@@ -17,7 +17,8 @@ from sonosco_mlflow.serialization.parameters import may_be_built, qualified_name
 
 # Modules that are trusted without being asked for.
 PACKAGE = "sonosco_mlflow"
-_TRUSTED = (PACKAGE, "torch.nn", "torch.optim", "__main__", "builtins", "torch._C._nn")
+_KERNELS = "torch._C._nn"  # where some functions of torch.nn.functional come from
+_TRUSTED = (PACKAGE, "torch.nn", "torch.optim", "__main__", "builtins", _KERNELS)
 # All functions of these may be passed as parameters; of the rest of this package only those that are marked.
 _FUNCTIONS = (f"{PACKAGE}.metrics", f"{PACKAGE}.training.validation")
 _BUILTINS = {bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset}
@@ -80,6 +81,11 @@ def resolve(name: str, trusted: Iterable[str]) -> Any:
             f"'{name}' is not trusted; if it is yours, import its module and mark it @serializable, "
             f"or pass trusted=['{module_name}'] to the Deserializer"
         )
+    is_private_of_torch = module_name.startswith("torch.") and any(
+        part.startswith("_") for part in name.removeprefix(f"{_KERNELS}:").replace(":", ".").split(".")
+    )
+    if is_private_of_torch and not is_trusted_by_reader:
+        raise UserError(f"'{name}' is private to torch, and may do anything; a document may not name it")
     if any(part.startswith("__") for part in name.replace(":", ".").split(".")[1:]):
         raise UserError(f"'{name}' is not a class or function that a document may name")
     try:

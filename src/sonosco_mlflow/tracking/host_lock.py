@@ -3,10 +3,13 @@
 import fcntl
 import json
 import os
+import stat
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from sonosco_mlflow.errors import UserError
 
 # The same for all clones of a user. Not TMPDIR, which batch systems set to a folder of its own for each job.
 LOCKS = Path("/tmp") / f"sonosco-{os.getuid()}"
@@ -31,10 +34,11 @@ class HostLock:
     def take(self, since: str) -> bool:
         """Take the lock and note in its file who has it since when; return whether it was free."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(self._path.parent)
         with self._table_lock:
             if self._key() in self._held:
                 return False
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if not _lock(descriptor, fcntl.LOCK_EX, attempts=5):
                 os.close(descriptor)
                 return False
@@ -88,6 +92,15 @@ class HostLock:
 
     def _key(self) -> tuple[int, Path]:
         return os.getpid(), self._path
+
+
+def _require_own(folder: Path) -> None:
+    # Everybody may make a folder of that name in a common place, and lay links into it.
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(
+            f"{folder}: expected a folder that only you may write to; remove it, or have its owner remove it"
+        )
 
 
 def _lock(descriptor: int, kind: int, attempts: int) -> bool:

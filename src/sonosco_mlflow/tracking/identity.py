@@ -61,7 +61,7 @@ def check_identity(
     }
     refused = [name for name in differ if CHANGE_OF.get(name, name) not in allowed]
     if refused:
-        lines = [f"  {name}: {explain[name]()}" for name in refused]
+        lines = [f"  {name}: {_explained(explain[name])}" for name in refused]
         flags = dict.fromkeys(f"--allow-{CHANGE_OF.get(name, name)}-change" for name in refused)
         raise UserError(
             f"run {run_id} would not continue as it began:\n"
@@ -69,6 +69,14 @@ def check_identity(
             + f"\nPut it back as it was, or pass {' '.join(flags)}: then the run goes on otherwise and records that"
         )
     return differ
+
+
+def _explained(explain: Callable[[], str]) -> str:
+    try:
+        return explain()
+    except UserError as error:
+        # A segment that was killed as it began has not kept what it would be compared with.
+        return f"it is another one; how it differs is not known ({error})"
 
 
 def config_difference(recorded: Mapping[str, object], present: Mapping[str, object]) -> str:

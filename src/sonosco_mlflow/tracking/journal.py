@@ -7,6 +7,8 @@ bit for bit and not sent again.
 """
 
 import json
+import posixpath
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.durable import AppendedFile, make_directory, replace_bytes
 from sonosco_mlflow.serialization.state import encode_float
-from sonosco_mlflow.training.callbacks.base import TIMINGS, Callback
+from sonosco_mlflow.training.callbacks.base import Callback, is_timing
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 # A store's batch costs as much as one row does: rows are sent together, and still soon enough to watch.
 SECONDS_BETWEEN_BATCHES = 2.0
 JOURNAL = "journal.jsonl"
+# Of a resume's own; a run that was never stopped has none.
+RESUME_METRICS = "resume."
+SYSTEM_METRICS = "system/"
+RESERVED = (SYSTEM_METRICS, RESUME_METRICS)
 
 
 class DivergedError(UserError):
@@ -47,7 +53,7 @@ class Row:
     """What was recorded together; ``timestamp`` in milliseconds since 1970.
 
     Attributes:
-        micro_step: batches trained on by then, the position by which a checkpoint counts the row.
+        micro_step: the one to whose end it belongs (:attr:`ModelTrainer.position`): checkpoints from there on count it.
         step: optimizer steps made by then, the position that is shown.
         timestamp: of the first writing.
         metrics: by name.
@@ -100,7 +106,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-class Journal(Callback):
+class Journal(Callback, is_part_of_trainer=False):
     """Writes every recording to a file, and hands the rows on in batches.
 
     Args:
@@ -155,12 +161,11 @@ class Journal(Callback):
 
     def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
         """Write a row at the trainer's position."""
-        self.write(trainer.progress.micro_step, trainer.progress.step, metrics)
+        self.write(trainer.position, trainer.progress.step, metrics)
 
     def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
         """Write a row with a text at the trainer's position."""
-        progress = trainer.progress
-        self._append(Row(progress.micro_step, progress.step, _now(), texts={name: text}))
+        self._append(Row(trainer.position, trainer.progress.step, _now(), texts={name: text}))
 
     def write(self, micro_step: int, step: int, metrics: Mapping[str, float]) -> None:
         """Write a row of metrics.
@@ -170,6 +175,7 @@ class Journal(Callback):
             DivergedError: the tracking store has another value at this step.
         """
         for name in metrics:
+            _check_name(name)
             if self._last_steps.get(name) == step:
                 raise UserError(
                     f"the metric '{name}' is recorded a second time at step {step}; a metric has one value a step: "
@@ -229,7 +235,7 @@ class Journal(Callback):
         """Return ``row`` as it was first written, where the tracking store has it."""
         found = {name: self._recorded[name, row.step] for name in row.metrics if (name, row.step) in self._recorded}
         for name, recorded in found.items():
-            if name in TIMINGS or storable(row.metrics[name]).hex() == storable(recorded.value).hex():
+            if is_timing(name) or storable(row.metrics[name]).hex() == storable(recorded.value).hex():
                 continue
             self.differing_steps.add(row.step)
             self.verified_steps.discard(row.step)
@@ -242,11 +248,21 @@ class Journal(Callback):
                 )
         if not found:
             return row
-        if found.keys() - TIMINGS and row.step not in self.differing_steps:
+        if not all(map(is_timing, found)) and row.step not in self.differing_steps:
             self.verified_steps.add(row.step)
-        timings = {name: recorded.value for name, recorded in found.items() if name in TIMINGS}
+        timings = {name: recorded.value for name, recorded in found.items() if is_timing(name)}
         timestamp = next(iter(found.values())).timestamp
         return Row(row.micro_step, row.step, timestamp, {**row.metrics, **timings})
+
+
+def _check_name(name: str) -> None:
+    """Refuse what no tracking store takes, before a checkpoint counts it: no resume could deliver it."""
+    if not re.fullmatch(r"[\w\-. :/]{1,250}", name) or posixpath.normpath(name) != name or name.startswith(("/", "..")):
+        raise UserError(
+            f"a metric cannot be called {name!r}: expected up to 250 letters, digits, _ - . : / and spaces, as a path"
+        )
+    if name.startswith(RESERVED):
+        raise UserError(f"a metric cannot be called {name!r}: {' and '.join(RESERVED)} are MLflow's own and a resume's")
 
 
 def storable(value: float) -> float:

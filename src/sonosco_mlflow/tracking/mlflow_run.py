@@ -23,14 +23,11 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from sonosco_mlflow.errors import describe_failure
-from sonosco_mlflow.tracking.journal import Recorded, Records, Row
+from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.secrecy import without_credentials
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, SEGMENTS, STATE
 
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
-# Of a resume's own; a run that was never stopped has none.
-RESUME_METRICS = "resume."
-SYSTEM_METRICS = "system/"
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
 PARAMETER_PREFIX = "config."
 LONGEST_PARAMETER = 6000
@@ -163,7 +160,7 @@ class TrackedRun:
         """Return every metric that the store holds of this run, by name and step; MLflow's own of the machine aside."""
         found = {}
         for name in self._client.get_run(self.id).data.metrics:
-            if not name.startswith((SYSTEM_METRICS, RESUME_METRICS)):
+            if not name.startswith(RESERVED):
                 for item in self._client.get_metric_history(self.id, name):
                     found[name, item.step] = Recorded(item.value, item.timestamp)
         return found
@@ -240,6 +237,9 @@ class TrackedRun:
         """End the run as ``finished``, ``interrupted`` (by a signal; it can be continued) or ``failed``."""
         if message:
             self.set_tags({ERROR: message})
+        while (active := mlflow.active_run()) is not None and active.info.run_id != self.id:
+            # A run of the user's below this one, left open.
+            mlflow.end_run(STATUS[state])
         mlflow.end_run(STATUS[state])
         # Last: a process that is killed before it leaves a run that is seen to have vanished, and can be continued.
         self.set_tags({STATE: state})

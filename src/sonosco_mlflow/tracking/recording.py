@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from sonosco_mlflow.background import Background
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
 from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
-from sonosco_mlflow.tracking.journal import JOURNAL, Journal
+from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal
 from sonosco_mlflow.tracking.lease import Lease
-from sonosco_mlflow.tracking.mlflow_run import RESUME_METRICS, TrackedRun
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.resumption import Resumption
 from sonosco_mlflow.tracking.store import is_away
 from sonosco_mlflow.tracking.tensorboard import TensorBoard
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
 
 
-class Recording(Callback):
+class Recording(Callback, is_part_of_trainer=False):
     """The journal, TensorBoard and checkpoints of one run, kept on the disk and delivered to MLflow.
 
     Args:

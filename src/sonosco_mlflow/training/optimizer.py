@@ -62,7 +62,11 @@ class OptimizerRecipe:
         for group in self.groups:
             options = {key: value for key, value in group.items() if key != "parameters"}
             groups.append({**options, "params": [parameters[name] for name in group["parameters"]]})
-        return self.kind(groups)
+        if not (isinstance(self.kind, type) and issubclass(self.kind, torch.optim.Optimizer)):
+            # It may come from a document, by which nothing else may be called.
+            raise UserError(f"{self.kind!r} is no class of optimizers")
+        optimizer: torch.optim.Optimizer = self.kind(groups)  # type: ignore[call-arg]  # the base class alone asks for more
+        return optimizer
 
 
 def _names(model: nn.Module) -> dict[int, str]:

@@ -36,6 +36,8 @@ from sonosco_mlflow.training.callbacks.dispatch import (
     emit_exception,
     learning_rate_factor,
     load_callbacks_state,
+    tell_callbacks,
+    tell_observers,
 )
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
 from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
@@ -125,6 +127,7 @@ class ModelTrainer:
         self.validation: Validation | None = None
         self.at_safe_point = True
         self.failure: Exception | None = None
+        self._safe_micro_step = 0
         # While nothing is trained: the states to train on with.
         self._generators: dict[str, object] | None = None
         self._window_loss = 0.0
@@ -144,19 +147,17 @@ class ModelTrainer:
         if self.train_loader is None:
             raise UserError("there is no train_loader; give it to the ModelTrainer or to Deserializer.deserialize")
         self.failure = None
-        if self.progress.micro_step == 0:
-            seed_generators(self.seed, "training")
-        elif self._generators is not None:
-            set_generator_states(self._generators)
-        self._generators = None
+        self._reach_safe_point()
         try:
-            emit(self, "on_train_begin")
-            with deferred_interrupts() as interruption, python_generator_of_this_thread():
-                try:
-                    while not self.finished:
-                        self._epoch(self.train_loader, interruption)
-                finally:
-                    self._generators = generator_states()
+            with python_generator_of_this_thread():
+                self._begin_drawing()
+                emit(self, "on_train_begin")
+                with deferred_interrupts() as interruption:
+                    try:
+                        while not self.finished:
+                            self._epoch(self.train_loader, interruption)
+                    finally:
+                        self._generators = generator_states()
             emit(self, "on_train_end")
         except BaseException as error:
             # A launcher sends SIGTERM right behind the SIGINT: it must not cut off the saving.
@@ -174,6 +175,11 @@ class ModelTrainer:
     def finished(self) -> bool:
         """Whether all epochs are done or a callback stopped the training."""
         return self.stop_reason is not None or self.progress.epoch >= self.epochs
+
+    @property
+    def position(self) -> int:
+        """The micro-step to whose end belongs what is recorded now: a state that was saved earlier does not know it."""
+        return self._safe_micro_step + 1
 
     @property
     def batches_into_step(self) -> int:
@@ -197,6 +203,13 @@ class ModelTrainer:
         return evaluate(self.model, loader, prefix, loss=self.loss, decoder=self.decoder, metrics=self.metrics)
 
     # ------------------------------------------------------------------ the loop
+
+    def _begin_drawing(self) -> None:
+        if self.progress.micro_step == 0:
+            seed_generators(self.seed, "training")
+        elif self._generators is not None:
+            set_generator_states(self._generators)
+        self._generators = None
 
     def _epoch(self, loader: AudioDataLoader, interruption: Interruption) -> None:
         """Train on what is left of the current epoch, or until a callback stops the training."""
@@ -250,11 +263,17 @@ class ModelTrainer:
             self._validate()
         if epoch_ended:
             emit(self, "on_epoch_end", progress.epoch - 1)
-        self.at_safe_point = True
+        if self.failure is None:
+            tell_callbacks(self, "on_safe_point")
+        self._reach_safe_point()
         if self.failure is not None:
             raise self.failure
-        emit(self, "on_safe_point")
+        tell_observers(self, "on_safe_point")
         return time.perf_counter() if stepped else started
+
+    def _reach_safe_point(self) -> None:
+        self.at_safe_point = True
+        self._safe_micro_step = self.progress.micro_step
 
     def _window(self) -> tuple[int, int]:
         """Return the number of batches of this epoch, and of those that share the current optimizer step."""
@@ -269,12 +288,14 @@ class ModelTrainer:
     def _optimizer_step(self, seconds: float) -> None:
         emit(self, "on_gradients")
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        moved = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(moved, limit).item()
         factor = learning_rate_factor(self)
         for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
             group["lr"] = recipe["lr"] * factor
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Of parameters too that the optimizer does not move: they are no state between two steps.
+        self.model.zero_grad()
         self.progress.step += 1
         emit(self, "on_step_end")
         self.record(
@@ -376,6 +397,7 @@ class ModelTrainer:
             gradient = trainer["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         load_callbacks_state(self.callbacks, trainer["callbacks"])
+        self._reach_safe_point()
         # Set again when training begins: what is drawn between now and then is no part of it.
         self._generators = trainer["generators"]
         set_generator_states(self._generators)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
     from sonosco_mlflow.training.validation import Validation
 
-# Metrics that a repeated run does not repeat: they depend on the machine and its load, and are no state.
-TIMINGS = frozenset({"utterances_per_second", "epoch_seconds"})
+
+def is_timing(name: str) -> bool:
+    """Return whether a metric of that name is of the clock: a repeated run does not repeat it, and it is no state."""
+    return name.endswith(("_seconds", "_per_second"))
 
 
 class Callback:
@@ -29,12 +31,14 @@ class Callback:
 
     follows_total_epochs: ClassVar[bool] = False
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, is_part_of_trainer: bool = True) -> None:
+        """Let documents name the class, unless it only ever observes: then nothing may ask for it by name."""
         super().__init_subclass__()
-        serializable(cls)
+        if is_part_of_trainer:
+            serializable(cls)
 
     def on_train_begin(self, trainer: "ModelTrainer") -> None:
-        """Training starts, or continues after a resume: what is recorded here is recorded each time."""
+        """Training starts, or continues after a resume; what is recorded here is recorded by each of them."""
 
     def on_epoch_begin(self, trainer: "ModelTrainer") -> None:
         """``trainer.progress.epoch`` starts, or is entered again by a resume in its middle."""

@@ -12,11 +12,17 @@ if TYPE_CHECKING:
 
 
 def emit(trainer: "ModelTrainer", event: str, *arguments: object) -> None:
-    """Call ``event`` of every callback.
+    """Call ``event`` of every callback, the trainer's own before those that observe it."""
+    tell_callbacks(trainer, event, *arguments)
+    tell_observers(trainer, event, *arguments)
 
-    What one of the trainer's own raises in the middle of a micro-step becomes ``trainer.failure`` and is raised at its
-    end: the others are to see the whole step, so that the state lacks nothing but what this one missed. Observers and
-    whatever comes between two micro-steps raise at once.
+
+def tell_callbacks(trainer: "ModelTrainer", event: str, *arguments: object) -> None:
+    """Call ``event`` of the trainer's own callbacks.
+
+    What one of them raises before the safe point becomes ``trainer.failure`` and is raised there: the others are to see
+    the whole step, so that the state lacks nothing but what this one missed. Between two micro-steps it is raised at
+    once.
     """
     for callback in trainer.callbacks:
         try:
@@ -25,6 +31,10 @@ def emit(trainer: "ModelTrainer", event: str, *arguments: object) -> None:
             if trainer.at_safe_point:
                 raise
             trainer.failure = trainer.failure or error
+
+
+def tell_observers(trainer: "ModelTrainer", event: str, *arguments: object) -> None:
+    """Call ``event`` of those that observe the trainer; what one raises is raised at once."""
     for observer in trainer.observers:
         getattr(observer, event)(trainer, *arguments)
 

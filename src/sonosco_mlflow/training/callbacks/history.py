@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sonosco_mlflow.errors import UserError, nearest
-from sonosco_mlflow.training.callbacks.base import TIMINGS, Callback
+from sonosco_mlflow.training.callbacks.base import Callback, is_timing
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
@@ -19,7 +19,7 @@ class History(Callback):
     def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
         """Keep ``metrics`` under the trainer's step."""
         for name, value in metrics.items():
-            if name not in TIMINGS:
+            if not is_timing(name):
                 curve = self._curves.setdefault(name, {"steps": [], "values": []})
                 curve["steps"].append(trainer.progress.step)
                 curve["values"].append(value)

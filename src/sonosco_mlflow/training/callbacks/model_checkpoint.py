@@ -1,9 +1,10 @@
 """When the state is saved, and which checkpoints are kept.
 
 There are two kinds of saves. *Scheduled* ones follow from the state alone (every so many steps or epochs, a validation
-that ranks, the end), and a checkpoint's own state already counts it: a run that continues from it keeps and removes the
+that ranks), and a checkpoint's own state already counts it: a run that continues from it keeps and removes the
 same directories as one that was never stopped. *Extra* ones come when they come (the start, so many minutes, a signal,
-an error); no state counts them, and they go when newer checkpoints stand, at the latest when training ends.
+an error, an end that is on no schedule); no state counts them, and they go when newer checkpoints stand, at the latest
+when training ends.
 
 The training thread only copies the state; another one writes, verifies, removes, and hands on.
 """
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sonosco_mlflow.background import Background
 from sonosco_mlflow.errors import UserError
@@ -21,6 +22,7 @@ from sonosco_mlflow.serialization.checkpoint import (
     Snapshot,
     checkpoint_name,
     checkpoints_in,
+    quarantine,
     remove_leftovers,
     verify_checkpoint,
     write_checkpoint,
@@ -68,6 +70,8 @@ class ModelCheckpoint(Callback):
     Raises:
         UserError: ``keep_last`` is below 2.
     """
+
+    unwritten_parameters: ClassVar = frozenset({"directory"})
 
     def __init__(
         self,
@@ -145,11 +149,25 @@ class ModelCheckpoint(Callback):
                 stacklevel=2,
             )
         remove_leftovers(self.directory)
+        if trainer.progress.micro_step == 0:
+            self._put_aside_others(self.directory)
         if self.background is None:
             self.background = self._own_background = Background()
         self._saved_at = time.monotonic()
         if trainer.progress.micro_step == 0:
             self._save(trainer)
+
+    @staticmethod
+    def _put_aside_others(directory: Path) -> None:
+        others = [path for path in checkpoints_in(directory) if path.name != checkpoint_name(0)]
+        for path in others:
+            quarantine(path)
+        if others:
+            warnings.warn(
+                f"{directory} held {len(others)} checkpoints of another training; they are put aside as broken-*. Give "
+                "each training a folder of its own, or continue the one that stands there",
+                stacklevel=3,
+            )
 
     def on_validation_end(self, trainer: "ModelTrainer", validation: "Validation") -> None:
         """Note what the current step is worth."""
@@ -164,6 +182,9 @@ class ModelCheckpoint(Callback):
         if self.background is None:
             return
         self.background.check()
+        if trainer.failure is not None:
+            # A callback before this one has missed something.
+            return
         if self._is_scheduled(trainer):
             # Also where it was saved a moment ago: callbacks between that one and this may have moved since.
             self._saved_micro_step = None
@@ -175,8 +196,7 @@ class ModelCheckpoint(Callback):
         """Return when all is written, and only what is to be kept still stands."""
         if self.background is None:
             return
-        if trainer.batches_into_step:
-            # Stopped within a step, which no schedule knows.
+        if not self._is_scheduled(trainer):
             self._save(trainer)
         self.background.write(partial(self._tidy, self._path(trainer), self.kept))
         self.background.finish_writes()
@@ -242,8 +262,7 @@ class ModelCheckpoint(Callback):
         if progress.micro_step == 0 or trainer.batches_into_step:
             return False
         return (
-            trainer.finished
-            or (self.every_epochs is not None and progress.batch == 0 and progress.epoch % self.every_epochs == 0)
+            (self.every_epochs is not None and progress.batch == 0 and progress.epoch % self.every_epochs == 0)
             or (self.every_steps is not None and progress.step % self.every_steps == 0)
             or progress.step in self._best([*self._kept, progress.step])
         )
