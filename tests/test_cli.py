@@ -244,3 +244,12 @@ def test_a_stage_that_was_killed_asks_to_go_on(
     monkeypatch.chdir(PROJECT)
     assert sonosco(monkeypatch, "train", *arguments) == 0
     assert asked == [expected]
+
+
+def test_a_command_leaves_the_handling_of_signals_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, asked_to_resume: list[dict[str, Any]]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert sonosco(monkeypatch, "resume", "ab12") == 0
+    assert asked_to_resume
+    assert signal.getsignal(signal.SIGTERM) is before

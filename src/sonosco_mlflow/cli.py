@@ -6,6 +6,7 @@ traceback), 2 usage, 130 and 143 stopped by SIGINT or SIGTERM and resumable.
 """
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -205,12 +206,15 @@ def _termination() -> Iterator[None]:
     """Let SIGTERM stop what is done inside as an interrupt does, and end the process with 143."""
     from sonosco_mlflow.training.interruption import Terminated, raise_on_termination
 
+    previous = signal.getsignal(signal.SIGTERM)
     raise_on_termination()
     try:
         yield
     except Terminated:
         # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
         sys.exit(143)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _recipe(

@@ -12,6 +12,7 @@ processes that made them.
 
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -230,6 +231,8 @@ _worker: tuple[Manifest, AudioDataProcessor]
 
 def _start_worker(manifest: Manifest, processor: AudioDataProcessor) -> None:
     global _worker
+    # The pool ends its workers by it: one that does something else with it may be waited for without end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker = (manifest, processor)
     torch.set_num_threads(1)
 
