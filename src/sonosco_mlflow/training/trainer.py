@@ -288,7 +288,9 @@ class ModelTrainer:
     def _optimizer_step(self, seconds: float) -> None:
         emit(self, "on_gradients")
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
-        moved = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        in_groups = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        # In the model's order, however they are grouped: it decides the last bits of the norm.
+        moved = [parameter for parameter in self.model.parameters() if id(parameter) in in_groups]
         norm = nn.utils.clip_grad_norm_(moved, limit).item()
         factor = learning_rate_factor(self)
         for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
