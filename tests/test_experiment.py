@@ -27,7 +27,9 @@ from sonosco_mlflow.serialization import checkpoint as checkpoint_module
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint, verify_checkpoint
 from sonosco_mlflow.tracking.checkpoints import Deserializer
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
+from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.store import download
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping
 from sonosco_mlflow.training.callbacks.base import is_timing
@@ -809,3 +811,83 @@ def test_a_block_ends_as_it_went(tone_manifest: Manifest, project: Path) -> None
         ):
             raise error
         assert tags(experiment.run.id)["sonosco.state"] == state
+
+
+# ---------------------------------------------------------------------- what a reviewer found
+
+
+class RecordsBetweenSteps(Callback):
+    """Records where no step is being made: such a row belongs to the next one."""
+
+    def on_epoch_begin(self, trainer: ModelTrainer) -> None:
+        if trainer.progress.batch == 0:
+            trainer.record({"drawn": torch.rand(()).item()})
+
+    def on_train_end(self, trainer: ModelTrainer) -> None:
+        trainer.record({"end": 1.0})
+
+
+@pytest.mark.parametrize("stop_at", [6, 7])
+def test_what_is_recorded_between_two_steps_does_not_keep_a_run_from_going_on(
+    tone_manifest: Manifest, project: Path, stop_at: int
+) -> None:
+    whole = run_experiment(toy_trainer(tone_manifest, RecordsBetweenSteps()), project)
+    first = run_experiment(toy_trainer(tone_manifest, RecordsBetweenSteps(), stop_at=stop_at), project)
+    again = go_on(first.run.id, toy_trainer(tone_manifest, RecordsBetweenSteps()), project)
+    assert tags(again.run.id)["sonosco.state"] == "finished"
+    assert bits(again.run.id) == bits(whole.run.id)
+    assert ("end", 12) in bits(whole.run.id)
+
+
+def test_a_stop_that_cannot_save_ends_the_run_as_failed(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    experiment.setup_model_trainer(toy_trainer(tone_manifest, stop_at=2))
+    with pytest.raises(KeyboardInterrupt):
+        experiment.start()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(ModelCheckpoint, "save", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
+        experiment.stop()
+    run = mlflow.get_run(experiment.run.id)
+    assert (run.info.status, run.data.tags["sonosco.state"]) == ("FAILED", "failed")
+    assert "No space left" in run.data.tags["sonosco.error"]
+
+
+@pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt(), "interrupted"), (OSError("full"), "failed")])
+def test_a_run_that_ends_as_it_is_made_says_so_and_lets_go(
+    project: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, state: str
+) -> None:
+    before = {run.info.run_id for run in mlflow.search_runs(["0"], output_format="list")}
+    monkeypatch.setattr(Origin, "log", Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        Experiment.create(SETTINGS, project=project, name="toy")
+    (made,) = (run for run in mlflow.search_runs(["0"], output_format="list") if run.info.run_id not in before)
+    assert made.data.tags["sonosco.state"] == state
+    assert mlflow.active_run() is None
+    Lease.take(made.info.run_id).release()
+
+
+def test_a_run_of_the_users_that_is_left_open_below_does_not_take_its_place(
+    tone_manifest: Manifest, project: Path
+) -> None:
+    class OpensAnother(Callback, is_part_of_trainer=False):
+        def on_step_end(self, trainer: ModelTrainer) -> None:
+            if trainer.progress.step == 2:
+                mlflow.start_run(nested=True, run_name="beside")
+                raise ValueError("mine")
+
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    trainer.attach(OpensAnother())
+    with pytest.raises(ValueError, match="mine"):
+        train(experiment, trainer)
+    assert mlflow.get_run(experiment.run.id).info.status == "FAILED"
+    assert mlflow.active_run() is None
+
+
+def test_a_closed_run_is_not_started_again_and_is_not_called_finished(tone_manifest: Manifest, project: Path) -> None:
+    experiment = run_experiment(toy_trainer(tone_manifest, stop_at=2), project)
+    with pytest.raises(UserError, match=f"run {experiment.run.id} is closed; Experiment.resume"):
+        experiment.start()

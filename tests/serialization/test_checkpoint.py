@@ -274,3 +274,13 @@ def test_leftovers_are_removed_and_nothing_else(checkpoints: Path) -> None:
         (checkpoints / name).mkdir()
     remove_leftovers(checkpoints)
     assert sorted(path.name for path in checkpoints.iterdir()) == [".mine", "step-00000004"]
+
+
+def test_what_a_crash_behind_the_last_rename_left_is_in_nobodys_way(checkpoints: Path) -> None:
+    write(checkpoints)
+    leftover = checkpoints / ".removing-step-00000004"
+    leftover.mkdir()
+    (leftover / "file").touch()
+    path = write(checkpoints, value=2.0)
+    assert torch.equal(read_checkpoint(path).state["model"]["weight"], torch.full((2, 3), 2.0))
+    assert [entry.name for entry in checkpoints.iterdir()] == ["step-00000004"]

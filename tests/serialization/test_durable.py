@@ -224,3 +224,18 @@ def test_whatever_fails_the_error_passes_every_descriptor_is_closed_and_nothing_
         if action is replace:
             assert (folder / "file").read_bytes() in (b"old", b"new")
     assert operations == len(system.log) > 3
+
+
+def test_what_is_appended_stands_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = durable.AppendedFile(tmp_path / "journal")
+    file.append(b"first\n")
+    system = WatchedOs(most=4)
+    monkeypatch.setattr(durable, "os", system)
+    system.names[file._descriptor] = "journal"
+    system.fatal = 1
+    with pytest.raises(DiskError):
+        file.append(b"second\n")
+    monkeypatch.undo()
+    file.append(b"third\n")
+    file.close()
+    assert (tmp_path / "journal").read_bytes() == b"first\nthird\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sonosco_mlflow
 from sonosco_mlflow.errors import UserError
@@ -265,3 +266,46 @@ def test_huge_numbers_are_numbers() -> None:
 def test_a_string_of_names_is_not_taken_for_names() -> None:
     with pytest.raises(UserError, match="lists of names"):
         Deserializer(trusted="os")
+
+
+# ---------------------------------------------------------------------- what acts where a document says
+
+
+def called(*arguments: object) -> None:
+    raise AssertionError("was called")
+
+
+@pytest.mark.parametrize(
+    "kind", [{"$name": f"{__name__}:called"}, {"$name": "torch.nn.modules.linear:Linear"}, "text", None]
+)
+def test_only_a_class_of_optimizers_is_called_as_one(kind: object) -> None:
+    document = {
+        "$object": "sonosco_mlflow.training.optimizer:OptimizerRecipe",
+        "parameters": {"kind": kind, "groups": []},
+    }
+    recipe = Deserializer(trusted=[__name__]).build(document)
+    with pytest.raises(UserError, match="is no class of optimizers"):
+        recipe.build(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "match"),
+    [
+        ("sonosco_mlflow.training.callbacks.model_checkpoint:ModelCheckpoint", ["directory"], "is forged"),
+        ("sonosco_mlflow.tracking.journal:Journal", ["path", "send"], "is not a class"),
+        ("sonosco_mlflow.tracking.recording:Recording", ["run", "lease", "folder"], "is not a class"),
+    ],
+)
+def test_no_document_says_where_files_are_written(tmp_path: Path, name: str, parameters: list[str], match: str) -> None:
+    place = {"$path": str(tmp_path / "victim")}
+    with pytest.raises(UserError, match=match):
+        build({"$object": name, "parameters": dict.fromkeys(parameters, place)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.nn.attention._fa3:_fa3_import_module", "torch.nn.functional:_verify_batch_size", "torch._C._nn:_x"]
+)
+def test_private_parts_of_torch_are_not_named(name: str) -> None:
+    with pytest.raises(UserError, match="is private to torch"):
+        build({"$name": name})

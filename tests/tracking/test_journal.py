@@ -378,3 +378,15 @@ def test_a_store_clips_infinities_and_has_no_negative_zero() -> None:
     assert [storable(value) for value in (INFINITY, -INFINITY, 1.5, 5e-324)] == [LARGEST, -LARGEST, 1.5, 5e-324]
     assert storable(-0.0).hex() == (0.0).hex()
     assert storable(NAN) != storable(NAN)
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["hits@10", "", "a//b", "/a", "../a", "a/../b", 251 * "a", "system/cpu", "resume.x"])
+def test_a_name_that_no_store_takes_is_refused_before_it_is_written(tmp_path: Path, name: str) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", lambda rows: None)
+    with pytest.raises(UserError, match="a metric cannot be called"):
+        journal.write(1, 1, {"fine": 1.0, name: 1.0})
+    assert not journal.path.exists()
+    journal.write(1, 1, dict.fromkeys(("gradient_norm/encoder.0", "a b", "hits:10", "résumé"), 1.0))

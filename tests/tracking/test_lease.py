@@ -274,3 +274,25 @@ def test_the_lock_file_stays_young(run_id: str, locks: Path) -> None:
     os.utime(file, (0, 0))
     lease.renew()
     assert file.stat().st_mtime > 0
+
+
+def test_a_folder_of_locks_that_others_made_is_not_used(run_id: str, locks: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    locks.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="expected a folder that only you may write to"):
+        take(run_id, locks)
+    locks.unlink()
+    locks.mkdir()
+    locks.chmod(0o777)
+    with pytest.raises(UserError, match="expected a folder that only you may write to"):
+        take(run_id, locks)
+
+
+def test_a_lock_is_not_written_through_a_link(run_id: str, locks: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    locks.mkdir(mode=0o700)
+    (locks / f"run-{run_id}.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        take(run_id, locks)
+    assert victim.read_text() == "precious"

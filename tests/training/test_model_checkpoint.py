@@ -570,3 +570,57 @@ class Unmarked(nn.Sequential):
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     loss: Tensor = model(batch.features).square().mean()
     return loss
+
+
+class CountsSafePoints(Callback):
+    """A schedule of the user's own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_safe_point(self, trainer: ModelTrainer) -> None:
+        self.count += 1
+
+    def learning_rate_factor(self, trainer: ModelTrainer) -> float:
+        return 1 / (1 + self.count)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"count": self.count}
+
+
+def test_a_failure_at_a_safe_point_leaves_no_ordinary_checkpoint(tone_manifest: Manifest, checkpoints: Path) -> None:
+    others = (Raises("on_safe_point", 6), CountsSafePoints())
+    trainer = new_trainer(tone_manifest, *others, ModelCheckpoint(checkpoints, every_steps=3))
+    with pytest.raises(ValueError, match="on purpose"):
+        trainer.start_training()
+    assert steps_in(checkpoints) == [3, 4]
+    assert steps_in(checkpoints / "failed") == [6]
+    assert read_checkpoint(checkpoints / "failed" / "step-00000006").state["trainer"]["callbacks"][
+        "CountsSafePoints"
+    ] == {"count": 6}, "those after it have seen the whole step"
+
+
+def test_checkpoints_of_another_training_are_put_aside(tone_manifest: Manifest, checkpoints: Path) -> None:
+    new_trainer(tone_manifest, ModelCheckpoint(checkpoints, keep_best=0)).start_training()
+    before = {name: content for name, content in files_in(checkpoints).items() if name.startswith("step-00000012/")}
+    with pytest.warns(UserWarning, match="held 2 checkpoints of another training; they are put aside"):
+        new_trainer(tone_manifest, ModelCheckpoint(checkpoints, keep_best=0), seed=1, epochs=1).start_training()
+    assert steps_in(checkpoints) == [4]
+    after = files_in(checkpoints)
+    assert {name: after[f"broken-step-00000012-1/{name.split('/')[1]}"] for name in before} == before
+
+
+def test_an_end_off_the_schedule_is_kept_until_more_epochs_come(tone_manifest: Manifest, tmp_path: Path) -> None:
+    found = []
+    for first in (6, 3):
+        folder = tmp_path / str(first)
+        callback = ModelCheckpoint(folder, every_epochs=2, keep_last=3, keep_best=0)
+        trainer = new_trainer(tone_manifest, callback, epochs=first)
+        trainer.start_training()
+        if first < 6:
+            assert steps_in(folder) == [8, 12]
+            trainer = resumed_from(folder, folder, trainer)
+            trainer.epochs = 6
+            trainer.continue_training()
+        found.append(steps_in(folder))
+    assert found[0] == found[1] == [8, 16, 24]

@@ -1,4 +1,6 @@
 import math
+import random
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
+from sonosco_mlflow.testing import assert_exact_resume
 from sonosco_mlflow.training.callbacks import (
     Callback,
     EarlyStopping,
@@ -469,3 +472,34 @@ def test_the_last_validation_is_part_of_the_state(tone_manifest: Manifest) -> No
     assert resumed.validation is not trainer.validation
     resumed.load_state_dict(untrained)
     assert resumed.validation is None
+
+
+def test_gradients_that_no_optimizer_moves_are_no_state_and_do_not_count(tone_manifest: Manifest) -> None:
+    def make_trainer() -> ModelTrainer:
+        torch.manual_seed(7)
+        model = ToyModel()
+        optimizer = torch.optim.AdamW(model.outer.parameters(), lr=0.02)
+        loader = tone_loader(tone_manifest[:14])
+        return ModelTrainer(model, optimizer=optimizer, train_loader=loader, gradient_clip=1.0, epochs=2)
+
+    assert_exact_resume(make_trainer, every=3)
+    trainer = make_trainer()
+    trainer.start_training()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_what_other_threads_draw_while_training_begins_is_not_seen(tone_manifest: Manifest) -> None:
+    class DrawsBeside(Callback, is_part_of_trainer=False):
+        def on_train_begin(self, trainer: ModelTrainer) -> None:
+            thread = threading.Thread(target=lambda: random.random())
+            thread.start()
+            thread.join()
+
+    ends = []
+    for observers in ([], [DrawsBeside()]):
+        trainer = new_trainer(tone_manifest)
+        for observer in observers:
+            trainer.attach(observer)
+        trainer.start_training()
+        ends.append(state_bytes(trainer))
+    assert ends[0] == ends[1]
