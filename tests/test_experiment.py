@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,8 +30,10 @@ from sonosco_mlflow.tracking.checkpoints import Deserializer
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.store import download
+from sonosco_mlflow.tracking.tags import OWNER
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping
 from sonosco_mlflow.training.callbacks.base import is_timing
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
@@ -351,7 +354,7 @@ manifest = tone_corpus(corpus, tone_texts(20))
 class Kill(Callback):
     def on_safe_point(self, trainer):
         if trainer.progress.step == 11:
-            experiment.recording.finish(60)
+            experiment.opened.recording.finish(60)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -408,7 +411,7 @@ def test_a_run_that_was_killed_goes_on_as_if_never_killed(
     assert again.resumption.checkpoint is not None
     made_again = set(range(again.resumption.checkpoint.step + 1, 12))
     assert made_again
-    assert again.recording.journal.verified_steps == made_again
+    assert again.opened.recording.journal.verified_steps == made_again
     assert mlflow.get_run(run_id).data.metrics["resume.verified_steps"] == len(made_again)
 
 
@@ -421,7 +424,7 @@ def test_an_end_that_is_repeated_verifies_the_tests_metrics(
     again = go_on(run_id, toy_trainer(tone_manifest), project)
     assert_as_if_never_stopped(again, whole, tmp_path)
     assert whole._trainer is not None
-    assert again.recording.journal.verified_steps == {whole._trainer.progress.step}
+    assert again.opened.recording.journal.verified_steps == {whole._trainer.progress.step}
     assert "evaluation/test_hypotheses.json" in artifacts(run_id, "evaluation")
 
 
@@ -434,7 +437,7 @@ def test_without_any_checkpoint_a_run_starts_over_and_its_rows_are_verified(
     timings = {key: value for key, value in rows(first.run.id).items() if is_timing(key[0])}
     again = go_on(first.run.id, toy_trainer(tone_manifest), project)
     assert_as_if_never_stopped(again, whole, tmp_path)
-    assert again.recording.journal.verified_steps == {1, 2, 3}
+    assert again.opened.recording.journal.verified_steps == {1, 2, 3}
     assert {key: rows(again.run.id)[key] for key in timings} == timings
 
 
@@ -780,11 +783,11 @@ def test_a_second_interrupt_while_stopping_leaves_at_once(
 def test_an_interrupt_in_the_very_end_leaves_a_run_that_goes_on(
     whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deliver(self: Experiment, message: str) -> None:
+    def deliver(self: OpenRun, message: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_deliver_rest", deliver)
+        patch.setattr(OpenRun, "_deliver_rest", deliver)
         first = run_experiment(toy_trainer(tone_manifest), project)
     assert tags(first.run.id)["sonosco.state"] == "interrupted"
     assert_as_if_never_stopped(go_on(first.run.id, toy_trainer(tone_manifest), project), whole, tmp_path)
@@ -891,3 +894,56 @@ def test_a_closed_run_is_not_started_again_and_is_not_called_finished(tone_manif
     experiment = run_experiment(toy_trainer(tone_manifest, stop_at=2), project)
     with pytest.raises(UserError, match=f"run {experiment.run.id} is closed; Experiment.resume"):
         experiment.start()
+
+
+class TakenOver(Callback, is_part_of_trainer=False):
+    """Another machine takes the run over at a step, and this process is not told; or it hears of it right away."""
+
+    def __init__(self, experiment: Experiment, hears: bool) -> None:
+        self.experiment = experiment
+        self.hears = hears
+        self.left: object = None
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        if trainer.progress.step != 6:
+            return
+        self.experiment.opened.recording.background.finish(60)
+        mlflow.MlflowClient().set_tag(self.experiment.run.id, OWNER, "another")
+        self.left = look(self.experiment.run.id)
+        if self.hears:
+            self.experiment.opened.lease.renew()
+
+
+@pytest.mark.parametrize("hears", [True, False])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_nothing_more_is_written_to_a_run_that_was_taken_over(
+    tone_manifest: Manifest, project: Path, hears: bool, interrupted: bool
+) -> None:
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest, stop_at=7 if interrupted else None)
+    observer = TakenOver(experiment, hears)
+    trainer.attach(observer)
+    with suppress(UserError):
+        train(experiment, trainer)
+    assert look(experiment.run.id) == observer.left
+    assert mlflow.get_run(experiment.run.id).data.tags[OWNER] == "another"
+    assert mlflow.get_run(experiment.run.id).info.status == "RUNNING"
+    assert mlflow.active_run() is None
+    assert not experiment.is_open
+
+
+def test_a_run_that_goes_on_shows_life_from_when_it_was_taken(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest, stop_at=3), project)
+    assert mlflow.get_run(first.run.id).data.tags[OWNER] == "", "whoever has ended lets go"
+    again = Experiment.resume(first.run.id, project=project)
+    thread = again.opened.lease._thread
+    assert thread is not None
+    assert thread.is_alive()
+    with pytest.raises(UserError, match="which showed life"):
+        Lease.take(first.run.id, host="elsewhere", locks=project / "runs" / "locks of another machine")
+    trainer = toy_trainer(tone_manifest)
+    train(again, trainer)
+    thread.join(20)
+    assert not thread.is_alive()

@@ -1,7 +1,8 @@
 """Work that must not hold up the training: one thread that writes to the disk, and delivers what was written.
 
-Writing comes first: a tracking server that is away must not keep state from the disk. What it refuses for being away is
-tried again until it is back. Any other error is raised where the training asks for it, at its next step.
+Writing comes before what waits to be delivered: a tracking server that refuses must not keep state from the disk. What
+it refuses for being away is tried again until it is back. Any other error is raised where the training asks for it, at
+its next step.
 """
 
 import threading

@@ -150,6 +150,37 @@ def python_generator_of_this_thread() -> Iterator[None]:
             setattr(random, name, original)
 
 
+class KeptGenerators:
+    """The global generators as a training has them: what is drawn elsewhere, before, between or beside, is not seen."""
+
+    def __init__(self) -> None:
+        # While nothing is trained: the states to go on with.
+        self._waiting: Mapping[str, object] | None = None
+
+    @contextmanager
+    def drawing(self, *key: Key, first: bool) -> Iterator[None]:
+        """Train inside the block: from generators seeded for ``key`` at first, later from where they were left."""
+        with python_generator_of_this_thread():
+            if first:
+                seed_generators(*key)
+            elif self._waiting is not None:
+                set_generator_states(self._waiting)
+            self._waiting = None
+            try:
+                yield
+            finally:
+                self._waiting = generator_states()
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the states of the generators (:func:`generator_states`)."""
+        return generator_states() if self._waiting is None else dict(self._waiting)
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Set the generators to ``state``, now and once more when training goes on."""
+        self._waiting = state
+        set_generator_states(state)
+
+
 def _owner_of(function: object) -> object:
     return getattr(inspect.unwrap(function) if callable(function) else function, "__self__", None)
 

@@ -18,7 +18,6 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from signal import SIGINT
 from typing import Self, TypeVar
@@ -27,7 +26,6 @@ import torch
 
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config, flatten
-from sonosco_mlflow.console import console_log
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.reporting import log_results
@@ -35,8 +33,8 @@ from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
-from sonosco_mlflow.tracking.recording import Recording
 from sonosco_mlflow.tracking.resumption import Resumption, segment_folder
 from sonosco_mlflow.tracking.store import connect
 from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, FOLDER, WEIGHTS_DIGEST
@@ -49,9 +47,8 @@ from sonosco_mlflow.training.validation import Validation
 
 C = TypeVar("C", bound=Callback)
 
-# Seconds that a run waits for a tracking server that is away: at its end, and where it was told to stop.
+# Seconds that a run waits at its end for a tracking server that is away.
 PATIENCE_AT_END = 600.0
-PATIENCE_AT_STOP = 30.0
 
 
 class Experiment:
@@ -71,7 +68,7 @@ class Experiment:
     Attributes:
         history: every recorded metric by step.
         test: what the evaluation after training gave, or None.
-        is_open: whether the run is being written to: it is not before a resume has proven right, nor after the end.
+        opened: the run as this process has it in its hands.
     """
 
     def __init__(
@@ -84,24 +81,22 @@ class Experiment:
         resumption: Resumption | None = None,
     ) -> None:
         self.run = run
-        self.lease = lease
         self.serializer = serializer
         self.folder = folder
         self.origin = origin
         self.resumption = resumption
         self.history = History()
         self.test: Validation | None = None
-        self.recording = Recording(run, lease, folder)
-        self.is_open = resumption is None
+        self.opened = OpenRun(run, lease, folder, is_open=resumption is None)
         self._trainer: ModelTrainer | None = None
         self._checkpoint: ModelCheckpoint | None = None
         self._test_loader: AudioDataLoader | None = None
         self._in_block = False
-        self._resources = ExitStack()
-        segment = run.segment if resumption is None else run.segment + 1
-        # The log of an earlier segment may lie on another machine.
-        self._log = folder / ("console.log" if segment == 1 else f"console-{segment}.log")
-        self._resources.enter_context(console_log(self._log))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run is being written to: it is not before a resume has proven right, nor after the end."""
+        return self.opened.is_open
 
     @classmethod
     def create(
@@ -222,7 +217,7 @@ class Experiment:
             if self._checkpoint not in trainer.callbacks:
                 # Last, so that what it saves is what the others decided.
                 trainer.callbacks.append(self._checkpoint)
-        self.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard)
+        self.opened.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard)
         if self.resumption is None:
             self._log_beginning()
             return
@@ -230,7 +225,7 @@ class Experiment:
             self.resumption.check(self.origin, digests, self._lineage)
             self.resumption.restore(trainer)
         except BaseException:
-            self._close("failed")
+            self.opened.close("failed")
             raise
         if not (self.resumption.was_finished and trainer.finished):
             self._go_on(self.resumption, trainer)
@@ -249,16 +244,16 @@ class Experiment:
             reason = f": {trainer.stop_reason}" if trainer.stop_reason else ""
             print(f"run {self.run.id} finished after {trainer.progress.epoch} epochs{reason}; there is nothing to do")
             self.run.leave()
-            self._close("finished")
+            self.opened.close("finished")
             return
         try:
             trainer.start_training()
             self._finish(trainer)
         except Exception as error:
-            self._close("failed", error)
+            self.opened.close("failed", error)
             raise
         if not self._in_block:
-            self._close("finished")
+            self.opened.close("finished")
 
     def stop(self) -> None:
         """Keep the trainer's whole state in MLflow and end the run as interrupted; training can go on from there.
@@ -267,16 +262,16 @@ class Experiment:
             LeaveAtOnce: an interrupt from the keyboard while it is at it; what is saved by then stays saved.
         """
         if isinstance(sys.exception(), LeaveAtOnce):
-            self._leave()
+            self.opened.leave()
             return
         trainer = self._required_trainer()
         try:
             # A launcher's SIGTERM behind the SIGINT must not cut this off; the user's second SIGINT may.
             with deferred_interrupts(obeyed=SIGINT):
                 self._save(trainer)
-                self._close("interrupted")
+                self.opened.close("interrupted")
         except LeaveAtOnce:
-            self._leave()
+            self.opened.leave()
             raise
 
     def _save(self, trainer: ModelTrainer) -> None:
@@ -285,7 +280,7 @@ class Experiment:
         try:
             self._checkpoint.save(trainer)
         except Exception as error:
-            self._close("failed", error)
+            self.opened.close("failed", error)
             raise
 
     def __enter__(self) -> Self:
@@ -294,36 +289,27 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
-            self._close("finished")
+            self.opened.close("finished")
         elif isinstance(error, Exception):
-            self._close("failed", error)
+            self.opened.close("failed", error)
         elif isinstance(error, LeaveAtOnce):
-            self._leave()
+            self.opened.leave()
         elif self._trainer is not None:
             self.stop()
         else:
-            self._close("interrupted")
+            self.opened.close("interrupted")
 
     def _go_on(self, resumption: Resumption, trainer: ModelTrainer) -> None:
         """Open the run again, with everything as it was at the checkpoint."""
         self.run.reopen()
-        self.is_open = True
+        self.opened.is_open = True
         kept = frozenset() if self._checkpoint is None else self._checkpoint.kept
         try:
-            self.recording.resume(resumption, trainer.progress.micro_step, kept)
+            self.opened.recording.resume(resumption, trainer.progress.micro_step, kept)
             self._log_beginning()
         except BaseException as error:
-            self._close(*_state_after(error))
+            self.opened.close(*_state_after(error))
             raise
-
-    def _leave(self) -> None:
-        """End the run without waiting for anything."""
-        self.recording.background.close()
-        self._resources.close()
-        if self.is_open:
-            self.is_open = False
-            self._end("interrupted")
-        self.lease.release()
 
     # ------------------------------------------------------------------ what goes to MLflow, and when
 
@@ -344,53 +330,12 @@ class Experiment:
         if self._test_loader is not None:
             self.test = trainer.evaluate(self._test_loader, "test_")
             # No checkpoint counts it: a resume makes it again.
-            self.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
+            self.opened.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
         weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
-        self.recording.finish(PATIENCE_AT_END)
+        self.opened.recording.finish(PATIENCE_AT_END)
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
         log_results(self.run, trainer, self.history, self.test, self._test_loader, self._lineage)
-
-    def _close(self, state: str, error: Exception | None = None) -> None:
-        if not self.is_open:
-            self._resources.close()
-            self.lease.release()
-            return
-        self.is_open = False
-        message = "" if error is None else describe_failure(error)
-        with self.lease, deferred_interrupts(obeyed=SIGINT):
-            try:
-                self._deliver_rest(message)
-            except LeaveAtOnce:
-                self._end("interrupted")
-                raise
-            except Exception as second:
-                if state == "finished":
-                    self._end("failed", describe_failure(second))
-                    raise
-                # The first reason is the one to tell.
-                print(f"MLflow lacks some of what run {self.run.id} recorded last: {second}", file=sys.stderr)
-            self._end(state, message)
-
-    def _deliver_rest(self, message: str) -> None:
-        """Deliver what waits, the console log, and what is written at the end."""
-        self._resources.close()
-        with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
-            # Where the disk is full, the run's tag has the message all the same.
-            log.write(message + "\n" if message else "")
-        if not self.recording.background.failed:
-            self.recording.finish(PATIENCE_AT_STOP)
-        self.run.log_file(self._log, "logs")
-        self.recording.close()
-
-    def _end(self, state: str, message: str = "") -> None:
-        try:
-            self.run.end(state, message)
-        except Exception as error:
-            if state == "finished":
-                raise
-            # The next command finds the run as vanished, and can continue it.
-            print(f"MLflow could not be told that run {self.run.id} is {state}: {error}", file=sys.stderr)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

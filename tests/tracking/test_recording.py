@@ -4,6 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.recording import Recording
@@ -35,3 +36,20 @@ def test_the_journal_is_uploaded_as_it_is_at_one_moment(tmp_path: Path, monkeypa
     assert before == after
     assert len(download(run.id, "journal.jsonl", tmp_path).read_bytes().splitlines()) == 1
     assert len(recording.journal.path.read_bytes().splitlines()) == 2
+
+
+def test_nothing_is_delivered_to_a_run_that_belongs_to_another_process(tmp_path: Path) -> None:
+    lease = Mock(Lease)
+    lease.confirm.side_effect = UserError("it was taken over")
+    with TrackedRun.open("Default", "train") as run:
+        recording = Recording(run, lease, tmp_path / "run")
+        recording.journal.write(1, 1, {"train_loss": 2.0})
+        (tmp_path / "step-00000001").mkdir()
+        for deliver in (
+            recording.journal.flush,
+            lambda: recording._deliver_checkpoint(tmp_path / "step-00000001", frozenset()),
+        ):
+            with pytest.raises(UserError, match="taken over"):
+                deliver()
+        assert run.artifacts_in("") == []
+        assert run.records() == {}

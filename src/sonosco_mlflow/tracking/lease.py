@@ -8,6 +8,7 @@ whose last sign of life is two minutes old may be taken over. Then the former ho
     lease.start()
     for step in training:
         lease.check()            # UserError: another machine has taken the run over
+    lease.confirm()              # asks the store: before each delivery
     lease.release()
 """
 
@@ -88,8 +89,9 @@ class Lease:
         # Only now: what stood there before the lock was taken may be outdated.
         tags = find_run(self.run_id).data.tags
         age = _heartbeat_age(tags, self._now())
-        # On this machine the lock was free: whoever is named there has vanished.
-        if tags.get(STATE) == "running" and tags.get(HOST, self._host) != self._host and age < STALE:
+        # On this machine the lock was free: whoever is named there has vanished. Elsewhere a process has it from
+        # taking it until it lets go, whatever the run's state says.
+        if tags.get(OWNER) and tags.get(HOST, self._host) != self._host and age < STALE:
             until = _time(self._now() + timedelta(seconds=STALE - age))
             raise UserError(
                 f"run {self.run_id} is being trained by process {tags.get(PID)} on {tags[HOST]}, which showed life "
@@ -98,8 +100,7 @@ class Lease:
         claim = {OWNER: self._token, HOST: self._host, PID: str(self._process), HEARTBEAT: _time(self._now())}
         self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in claim.items()])
         # Of two machines that come at once, the one that writes last has it; the other sees it here or in `renew`.
-        self._look()
-        self.check()
+        self.confirm()
 
     def start(self, interval: float = RENEWAL) -> None:
         """Show life now and every ``interval`` seconds, in a thread, until :meth:`release`; once is enough."""
@@ -136,6 +137,16 @@ class Lease:
                 f"at {tags.get(HEARTBEAT)} or before; this process must not go on with it"
             )
 
+    def confirm(self) -> None:
+        """Return if the run is this process's own still; asks the tracking store, before something is written to it.
+
+        Raises:
+            UserError: another process has taken the run over.
+            MlflowException: the tracking store cannot be reached.
+        """
+        self._look()
+        self.check()
+
     def check(self) -> None:
         """Return if the run is still this process's own. Asks nobody: for use at every step.
 
@@ -153,9 +164,14 @@ class Lease:
 
     def release(self) -> None:
         """Show no more life and let others take the run; again, or in a forked child, this does nothing."""
-        if os.getpid() == self._process:
-            self._ended.set()
-            self._lock.release()
+        if os.getpid() != self._process or self._ended.is_set():
+            return
+        self._ended.set()
+        # A store that is away learns nothing of it: other machines then wait until the last sign of life is old.
+        with suppress(Exception):
+            self.confirm()
+            self._client.set_tag(self.run_id, OWNER, "")
+        self._lock.release()
 
 
 VANISHED = "vanished"

@@ -14,6 +14,7 @@ from mlflow.data import sources
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, Run
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking import fluent
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_REPO_URL,
     MLFLOW_PARENT_RUN_ID,
@@ -244,6 +245,15 @@ class TrackedRun:
         # Last: a process that is killed before it leaves a run that is seen to have vanished, and can be continued.
         self.set_tags({STATE: state})
         self._end_record(state)
+
+    def abandon(self) -> None:
+        """Leave the run to another process, without a word to the tracking store: ending it is not this one's."""
+        # MLflow offers no way to leave an active run without setting its status, which it also does at exit.
+        stack = fluent._active_run_stack.get()  # type: ignore[no-untyped-call]
+        stack[:] = [active for active in stack if active.info.run_id != self.id]
+        monitor = fluent.run_id_to_system_metrics_monitor.pop(self.id, None)
+        if monitor is not None:
+            monitor.finish()
 
     def _end_record(self, state: str) -> None:
         if self._record is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sonosco_mlflow.background import Background
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
 from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
-from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal
+from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Row
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.resumption import Resumption
@@ -39,7 +39,7 @@ class Recording(Callback, is_part_of_trainer=False):
         self.lease = lease
         self.folder = folder
         self.background = Background(is_away)
-        self.journal = Journal(folder / JOURNAL, run.log_rows, self.background.deliver)
+        self.journal = Journal(folder / JOURNAL, self._deliver_rows, self.background.deliver)
         self.board: TensorBoard | None = None
 
     def attach(self, trainer: "ModelTrainer", checkpoint: ModelCheckpoint | None, *, tensorboard: bool) -> None:
@@ -103,7 +103,19 @@ class Recording(Callback, is_part_of_trainer=False):
             metrics = {f"{RESUME_METRICS}{name}": float(len(steps)) for name, steps in counts.items()}
             self.run.log_metrics(metrics, step=self.run.segment)
 
+    def abandon(self) -> None:
+        """Close the files, and deliver nothing: the run belongs to another process."""
+        self.background.close()
+        self.journal.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _deliver_rows(self, rows: list[Row]) -> None:
+        self.lease.confirm()
+        self.run.log_rows(rows)
+
     def _deliver_checkpoint(self, directory: Path, kept: frozenset[str], verify: bool = False) -> None:
+        self.lease.confirm()
         self.journal.flush()
         self._deliver_journal()
         upload_checkpoint(self.run, directory, kept, verify=verify)

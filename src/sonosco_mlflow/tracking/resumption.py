@@ -82,6 +82,7 @@ class Resumption:
             )
         tracked = TrackedRun.find(run)
         lease = Lease.take(run_id)
+        lease.start()
         try:
             # Again: what stood there before the lease was taken may be outdated.
             run = find_run(run_id)

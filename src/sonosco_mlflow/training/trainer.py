@@ -18,13 +18,7 @@ from torch import nn
 
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.decoding.text import TextDecoder
-from sonosco_mlflow.determinism import (
-    generator_states,
-    python_generator_of_this_thread,
-    seed_for,
-    seed_generators,
-    set_generator_states,
-)
+from sonosco_mlflow.determinism import KeptGenerators, seed_for
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
@@ -128,8 +122,7 @@ class ModelTrainer:
         self.at_safe_point = True
         self.failure: Exception | None = None
         self._safe_micro_step = 0
-        # While nothing is trained: the states to train on with.
-        self._generators: dict[str, object] | None = None
+        self._generators = KeptGenerators()
         self._window_loss = 0.0
         self._window_utterances = 0
         self._batches_in_epoch: tuple[int, int] = (-1, 0)
@@ -149,15 +142,11 @@ class ModelTrainer:
         self.failure = None
         self._reach_safe_point()
         try:
-            with python_generator_of_this_thread():
-                self._begin_drawing()
+            with self._generators.drawing(self.seed, "training", first=self.progress.micro_step == 0):
                 emit(self, "on_train_begin")
                 with deferred_interrupts() as interruption:
-                    try:
-                        while not self.finished:
-                            self._epoch(self.train_loader, interruption)
-                    finally:
-                        self._generators = generator_states()
+                    while not self.finished:
+                        self._epoch(self.train_loader, interruption)
             emit(self, "on_train_end")
         except BaseException as error:
             # A launcher sends SIGTERM right behind the SIGINT: it must not cut off the saving.
@@ -203,13 +192,6 @@ class ModelTrainer:
         return evaluate(self.model, loader, prefix, loss=self.loss, decoder=self.decoder, metrics=self.metrics)
 
     # ------------------------------------------------------------------ the loop
-
-    def _begin_drawing(self) -> None:
-        if self.progress.micro_step == 0:
-            seed_generators(self.seed, "training")
-        elif self._generators is not None:
-            set_generator_states(self._generators)
-        self._generators = None
 
     def _epoch(self, loader: AudioDataLoader, interruption: Interruption) -> None:
         """Train on what is left of the current epoch, or until a callback stops the training."""
@@ -377,7 +359,7 @@ class ModelTrainer:
                 "validation": None if self.validation is None else asdict(self.validation),
                 "gradients": gradients,
                 "window_loss": self._window_loss,
-                "generators": generator_states() if self._generators is None else self._generators,
+                "generators": self._generators.state_dict(),
                 "callbacks": callbacks_state(self.callbacks),
             },
         }
@@ -400,9 +382,7 @@ class ModelTrainer:
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         load_callbacks_state(self.callbacks, trainer["callbacks"])
         self._reach_safe_point()
-        # Set again when training begins: what is drawn between now and then is no part of it.
-        self._generators = trainer["generators"]
-        set_generator_states(self._generators)
+        self._generators.load_state_dict(trainer["generators"])
         if self.train_loader is not None and not self.finished:
             self._require_batches(self.train_loader)
 
