@@ -38,12 +38,18 @@ class Gate:
         assert self.opened.wait(LONGEST_WAIT)
 
 
-def held(background: Background) -> Gate:
-    """Keep the thread busy with a delivery until the gate is opened."""
+def held(hand_in: Callable[[Callable[[], object]], None]) -> Gate:
+    """Keep the thread that writes, or the one that delivers, busy until the gate is opened."""
     gate = Gate()
-    background.deliver(gate)
+    hand_in(gate)
     assert gate.begun.wait(LONGEST_WAIT)
     return gate
+
+
+def threads_of(background: Background) -> list[threading.Thread]:
+    threads = [lane.thread for lane in (background._writes, background._deliveries)]
+    assert None not in threads
+    return [thread for thread in threads if thread is not None]
 
 
 def beside(action: Callable[[], object]) -> threading.Thread:
@@ -109,15 +115,19 @@ def test_no_thread_is_made_before_there_is_work() -> None:
     assert threading.active_count() == before
 
 
-def test_what_is_written_comes_before_what_is_delivered(background: Background) -> None:
+def test_a_delivery_that_hangs_holds_up_no_writing(background: Background) -> None:
     done: list[str] = []
-    gate = held(background)
-    for name in ("delivered 1", "delivered 2"):
-        background.deliver(partial(done.append, name))
-    background.write(partial(done.append, "written"))
+    gate = held(background.deliver)
+    background.deliver(partial(done.append, "delivered"))
+    for number in range(3):
+        assert ended(beside(partial(background.write, partial(done.append, f"written {number}"))))
+    assert ended(beside(background.finish_writes))
+    assert done == ["written 0", "written 1", "written 2"]
+    with pytest.raises(UserError, match="2 deliveries have waited 0 s: no answer"):
+        background.finish(patience=0.01)
     gate.opened.set()
     background.finish()
-    assert done == ["written", "delivered 1", "delivered 2"]
+    assert done[3:] == ["delivered"]
 
 
 def test_a_task_may_hand_in_what_follows_from_it(background: Background) -> None:
@@ -134,7 +144,7 @@ def test_a_task_may_hand_in_what_follows_from_it(background: Background) -> None
 
 def test_a_second_snapshot_waits_until_the_first_one_is_taken(background: Background) -> None:
     done: list[str] = []
-    gate = held(background)
+    gate = held(background.write)
     background.write(partial(done.append, "first"))
     second = beside(lambda: background.write(partial(done.append, "second")))
     assert waits(second)
@@ -228,7 +238,7 @@ def test_pauses_grow_to_a_limit_and_start_anew_after_a_success(monkeypatch: pyte
 
     monkeypatch.setattr(background._changed, "wait", passes)
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    gate = held(background)
+    gate = held(background.deliver)
     for times in (8, 1):
         background.deliver(Failing(times, AwayError(), []))
     gate.opened.set()
@@ -246,9 +256,11 @@ def test_an_error_is_raised_at_the_next_check_and_nothing_is_done_after_it(
     kind: str, error: BaseException, background: Background
 ) -> None:
     done: list[str] = []
-    gate = held(background)
-    getattr(background, kind)(Failing(1, error, done))
-    background.deliver(partial(done.append, "after it"))
+    hand_in = getattr(background, kind)
+    gate = held(hand_in)
+    hand_in(Failing(1, error, done))
+    if kind == "deliver":
+        hand_in(partial(done.append, "after it"))
     background.check()
     assert not background.failed
     gate.opened.set()
@@ -279,7 +291,7 @@ def test_an_error_lets_go_who_waits_to_hand_in_a_snapshot(background: Background
         gate()
         raise ValueError("disk full")
 
-    background.deliver(fail)
+    background.write(fail)
     assert gate.begun.wait(LONGEST_WAIT)
     background.write(partial(done.append, "first"))
     second = beside(lambda: background.write(partial(done.append, "second")))
@@ -296,15 +308,17 @@ def test_an_error_lets_go_who_waits_to_hand_in_a_snapshot(background: Background
 
 
 def test_finishing_waits_for_the_task_that_is_under_way(background: Background) -> None:
-    for hand_in in (background.write, background.deliver):
-        for finish in (background.finish, background.finish_writes):
-            gate = Gate()
-            hand_in(gate)
-            assert gate.begun.wait(LONGEST_WAIT)
-            thread = beside(finish)
-            assert waits(thread)
-            gate.opened.set()
-            assert ended(thread)
+    ways = (
+        (background.write, background.finish_writes),
+        (background.write, background.finish),
+        (background.deliver, background.finish),
+    )
+    for hand_in, finish in ways:
+        gate = held(hand_in)
+        thread = beside(finish)
+        assert waits(thread)
+        gate.opened.set()
+        assert ended(thread)
 
 
 def test_finishing_the_writes_waits_for_no_delivery_that_is_put_off(background: Background) -> None:
@@ -314,7 +328,7 @@ def test_finishing_the_writes_waits_for_no_delivery_that_is_put_off(background: 
 
 
 def test_patience_has_an_end(background: Background) -> None:
-    gate = held(background)
+    gate = held(background.deliver)
     with pytest.raises(UserError, match="have waited 0 s"):
         background.finish(patience=0.01)
     gate.opened.set()
@@ -323,13 +337,15 @@ def test_patience_has_an_end(background: Background) -> None:
 
 def test_closing_ends_the_thread_and_leaves_undone_what_is_not_done(background: Background) -> None:
     done: list[str] = []
-    gate = held(background)
-    background.deliver(partial(done.append, "too late"))
+    gates = [held(hand_in) for hand_in in (background.write, background.deliver)]
+    threads = threads_of(background)
+    for hand_in in (background.write, background.deliver):
+        hand_in(partial(done.append, "too late"))
     background.close()
     background.close()
-    gate.opened.set()
-    assert background._thread is not None
-    assert ended(background._thread)
+    for gate in gates:
+        gate.opened.set()
+    assert all(map(ended, threads))
     assert done == []
 
 
@@ -340,8 +356,7 @@ def test_closing_does_not_wait_out_a_pause(background: Background) -> None:
     background.write(lambda: None)
     background.finish_writes()
     background.close()
-    assert background._thread is not None
-    assert ended(background._thread)
+    assert all(map(ended, threads_of(background)))
     assert away.tries <= 1
 
 
@@ -389,6 +404,5 @@ def test_no_wake_up_is_lost_between_start_and_end() -> None:
         background.deliver(partial(done.append, 2))
         background.finish(patience=LONGEST_WAIT)
         background.close()
-        assert done == [1, 2]
-        assert background._thread is not None
-        assert ended(background._thread)
+        assert sorted(done) == [1, 2]
+        assert all(map(ended, threads_of(background)))

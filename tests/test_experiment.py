@@ -18,7 +18,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sonosco_mlflow import metrics
+from experiments import (
+    SETTINGS,
+    all_artifacts,
+    artifacts,
+    go_on,
+    new_project,
+    rows,
+    run_experiment,
+    toy_trainer,
+    train,
+)
 from sonosco_mlflow.canary import canary
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
@@ -39,12 +49,11 @@ from sonosco_mlflow.training.callbacks.base import is_timing
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.interruption import LeaveAtOnce
 from sonosco_mlflow.training.trainer import ModelTrainer
-from toy import ALPHABET, TOKENIZER, ToyModel, tone_loader
+from toy import ALPHABET, TOKENIZER, tone_loader
 
 pytestmark = pytest.mark.usefixtures("module_store")
 # What taking a lease writes, whether the run then goes on or is refused.
 LEASE_TAGS = {"sonosco.owner", "sonosco.host", "sonosco.pid", "sonosco.heartbeat"}
-SETTINGS = {"size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -58,82 +67,7 @@ def module_store(tracking_database: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository whose runs lie outside of what git sees."""
-    folder = tmp_path_factory.mktemp("project")
-    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
-    (folder / ".gitignore").write_text("runs/\n")
-    (folder / "requirements.txt").write_text("torch==2.11.0\n")
-    (folder / "model.py").write_text("x = 1\n")
-    return folder
-
-
-class Interrupt(Callback):
-    """Sends a signal at a step, so many times. It observes: no state knows of it."""
-
-    def __init__(self, step: int, number: int = signal.SIGINT, times: int = 1) -> None:
-        self.step = step
-        self.number = number
-        self.times = times
-
-    def on_step_end(self, trainer: ModelTrainer) -> None:
-        if trainer.progress.step == self.step:
-            for _ in range(self.times):
-                os.kill(os.getpid(), self.number)
-
-
-def toy_trainer(
-    manifest: Manifest, *callbacks: Callback, epochs: int = 2, stop_at: int | None = None, times: int = 1
-) -> ModelTrainer:
-    torch.manual_seed(0)
-    trainer = ModelTrainer(
-        ToyModel(),
-        train_loader=tone_loader(manifest),
-        val_loader=tone_loader(manifest, seed=None),
-        metrics=[metrics.word_error_rate],
-        callbacks=[*callbacks, ModelCheckpoint(every_steps=4)],
-        epochs=epochs,
-    )
-    if stop_at is not None:
-        trainer.attach(Interrupt(stop_at, times=times))
-    return trainer
-
-
-def train(experiment: Experiment, trainer: ModelTrainer) -> Experiment:
-    experiment.setup_model_trainer(trainer, test_loader=trainer.val_loader)
-    try:
-        experiment.start()
-    except KeyboardInterrupt:
-        experiment.stop()
-    return experiment
-
-
-def run_experiment(trainer: ModelTrainer, folder: Path) -> Experiment:
-    return train(Experiment.create(SETTINGS, project=folder, name="toy"), trainer)
-
-
-def go_on(run_id: str, trainer: ModelTrainer, folder: Path, **options: Any) -> Experiment:
-    return train(Experiment.resume(run_id, project=folder, **options), trainer)
-
-
-def artifacts(run_id: str, folder: str = "") -> set[str]:
-    return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id, folder)}
-
-
-def all_artifacts(run_id: str, folder: str = "") -> dict[str, int | None]:
-    found = {}
-    for item in mlflow.MlflowClient().list_artifacts(run_id, folder):
-        found.update(all_artifacts(run_id, item.path) if item.is_dir else {item.path: item.file_size})
-    return found
-
-
-def rows(run_id: str) -> Mapping[tuple[str, int], list[float]]:
-    client = mlflow.MlflowClient()
-    found: dict[tuple[str, int], list[float]] = {}
-    for name in client.get_run(run_id).data.metrics:
-        for item in client.get_metric_history(run_id, name):
-            if not name.startswith(("system/", "resume.")):
-                found.setdefault((name, item.step), []).append(item.value)
-    return found
+    return new_project(tmp_path_factory.mktemp("project"))
 
 
 def bits(run_id: str) -> Mapping[tuple[str, int], str]:
@@ -303,7 +237,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
     assert mlflow.get_run(first.run.id).data.metrics["resume.verified_steps"] == 0
     assert {"logs/console.log", "logs/console-2.log"} == artifacts(first.run.id, "logs")
     note = json.loads(download(first.run.id, "segments/2/segment.json", tmp_path).read_text())
-    assert (note["segment"], note["checkpoint"], note["changes"]) == (2, "step-00000005", {})
+    assert (note["segment"], note["checkpoint"], note["branches"]) == (2, "step-00000005", [])
 
 
 def assert_as_if_never_stopped(again: Experiment, whole: Experiment, folder: Path) -> None:
@@ -520,7 +454,9 @@ def test_changes_that_are_allowed_are_recorded(
     for tag in ("code_digest", "data_digest", "config_digest", "canary"):
         assert now[f"sonosco.{tag}"] != was[f"sonosco.{tag}"]
     note = json.loads(download(run_id, "segments/2/segment.json", tmp_path).read_text())
-    assert note["changes"]["code"] == {"was": was["sonosco.code_digest"], "is": now["sonosco.code_digest"]}
+    (branch,) = note["branches"]
+    assert (branch["segment"], branch["checkpoint"]) == (2, note["checkpoint"])
+    assert branch["changes"]["code"] == {"was": was["sonosco.code_digest"], "is": now["sonosco.code_digest"]}
     assert download(run_id, "config/params.yaml", tmp_path / "root").read_text() == "size: 2\n"
     assert {"segments/2/code/snapshot.zip"} <= all_artifacts(run_id).keys()
 

@@ -35,7 +35,8 @@ from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
-from sonosco_mlflow.tracking.resumption import Resumption, segment_folder
+from sonosco_mlflow.tracking.resumption import Resumption
+from sonosco_mlflow.tracking.segments import BRANCH, RECORD, Segment
 from sonosco_mlflow.tracking.store import connect
 from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
@@ -301,12 +302,15 @@ class Experiment:
 
     def _go_on(self, resumption: Resumption, trainer: ModelTrainer) -> None:
         """Open the run again, with everything as it was at the checkpoint."""
+        segment = resumption.next_segment()
         self.run.reopen()
         self.opened.is_open = True
+        if self._checkpoint is not None and segment.branches:
+            self._checkpoint.digests[BRANCH] = str(segment.branch)
         kept = frozenset() if self._checkpoint is None else self._checkpoint.kept
         try:
-            self.opened.recording.resume(resumption, trainer.progress.micro_step, kept)
-            self._log_beginning()
+            self.opened.recording.resume(resumption, segment, trainer.progress.micro_step, kept)
+            self._log_segment(resumption, segment)
         except BaseException as error:
             self.opened.close(*_state_after(error))
             raise
@@ -314,16 +318,22 @@ class Experiment:
     # ------------------------------------------------------------------ what goes to MLflow, and when
 
     def _log_beginning(self) -> None:
-        """Log what is known before the first step: of a new run, or of the segment that goes on."""
-        folder = segment_folder(self.run.segment)
+        """Log what is known of a new run before its first step."""
+        self.run.set_tags(self._lineage.tags())
+        self._lineage.log(self.run)
+        self.run.adopt_data_runs(self._lineage.digest)
+
+    def _log_segment(self, resumption: Resumption, segment: Segment) -> None:
+        """Log what a segment goes on from; its record last, which says that the rest is there."""
+        self.origin.log(self.run, segment.folder)
+        self._lineage.log(self.run, segment.folder)
+        self.run.log_text(segment.record(resumption.checkpoint), f"{segment.folder}{RECORD}")
+        # What follows shows the run as it now is; a resume does not read it.
+        self.origin.log_recipe(self.run)
         self.run.set_tags({**self.origin.tags(), **self._lineage.tags()})
-        if self.resumption is not None:
-            self.origin.log(self.run, folder)
-            self.origin.log_recipe(self.run)
-            self.run.log_text(self.resumption.to_json(), f"{folder}segment.json")
-            if self.resumption.changes:
-                self.run.set_tags({ALLOWED_CHANGES: ",".join(sorted(self.resumption.changes))})
-        self._lineage.log(self.run, folder)
+        changed = {name for branch in segment.branches for name in branch.changes}
+        if changed:
+            self.run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})
         self.run.adopt_data_runs(self._lineage.digest)
 
     def _finish(self, trainer: ModelTrainer) -> None:

@@ -33,7 +33,8 @@ from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
-from sonosco_mlflow.tracking.store import connect, download, experiment_name, find_run, recorded_settings
+from sonosco_mlflow.tracking.segments import newest_segment
+from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
@@ -109,7 +110,7 @@ def resume(
     connect(project)
     run = find_run(run_id)
     tracked = TrackedRun.find(run)
-    recorded = Config.resolve(recorded_settings(run_id), {}, origin=f"run {run_id}")
+    recorded = Config.resolve(newest_segment(run).settings(), {}, origin=f"run {run_id}")
     config = Config.resolve(recorded.model_dump(mode="json"), overrides or {}, origin=f"run {run_id}")
     if run.data.tags.get(STATE) == "finished" and config.training.epochs == recorded.training.epochs:
         print(f"run {run_id} is finished; there is nothing to do, unless with --set training.epochs=...")
@@ -158,11 +159,12 @@ def _unfinished(config: Config, project: Path) -> str | None:
 def _data_of(experiment: Experiment, config: Config, project: Path) -> DataFolder:
     """Bring the data that the run used, by its digests; where a change of it is allowed, that of the recipe."""
     assert experiment.resumption is not None
-    tags = experiment.resumption.run.data.tags
-    if DATA_DIGEST not in tags or "data" in experiment.resumption.allowed:
+    resumption = experiment.resumption
+    expected = resumption.digests.get("data")
+    if expected is None or "data" in resumption.allowed:
         return prepare_data(config, project)
-    explain = partial(data_difference, experiment.run.id)
-    return restore_data(config, project, experiment.resumption.data_lock(), tags[DATA_DIGEST], explain)
+    explain = partial(data_difference, experiment.run.id, resumption.last.folder)
+    return restore_data(config, project, resumption.data_lock(), expected, explain)
 
 
 def bring_data(config: Config, project: Path) -> DataLineage:
@@ -204,7 +206,7 @@ def evaluate(
         name = f"evaluate-{split}-of-{parent.info.run_id[:6]}"
         with TrackedRun.open(experiment_name(parent), "evaluate", name) as run:
             run.make_child_of(parent.info.run_id)
-            config = Config.load(download(run_id, "config/params.yaml", Path(scratch)))
+            config = Config.resolve(newest_segment(parent).settings(), {}, origin=f"run {run_id}")
             determinism.configure(config.training.threads)
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
             lineage = DataLineage.of_folder(folder)

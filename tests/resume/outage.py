@@ -1,5 +1,6 @@
 """Tracking servers that go away: a client that is refused for a while, a real server, and a wire that is cut."""
 
+import itertools
 import os
 import select
 import signal
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -20,21 +23,41 @@ SECONDS_AWAY = 4.0
 # Browsers refuse it, and so may what stands between.
 REFUSED_PORT = 5060
 PATIENCE = 180.0
+REQUEST = "API request to http://127.0.0.1:1/api/2.0/mlflow/runs/log-batch"
 
 
 def client_is_refused() -> None:
     """In this process: the third batch of metrics arrives, its answer does not; then nothing arrives for a while."""
-    original, calls, since = mlflow.MlflowClient.log_batch, [0], [0.0]
-    message = "API request to http://127.0.0.1:1/api/2.0/mlflow/runs/log-batch failed with exception refused"
+    since = [0.0]
 
-    def log_batch(self: Any, *arguments: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 3:
-            original(self, *arguments, **options)
+    def answer(log: Callable[[], Any], number: int) -> Any:
+        if number == 3:
+            log()
             since[0] = time.monotonic()
         if since[0] and time.monotonic() - since[0] < SECONDS_AWAY:
-            raise MlflowException(message)
-        return original(self, *arguments, **options)
+            raise MlflowException(f"{REQUEST} failed with exception refused")
+        return log()
+
+    _answer_batches(answer)
+
+
+def client_hangs() -> None:
+    """In this process: the third batch of metrics is neither answered nor refused for a while."""
+
+    def answer(log: Callable[[], Any], number: int) -> Any:
+        if number == 3:
+            time.sleep(SECONDS_AWAY)
+            raise MlflowException(f"{REQUEST} failed with exception read timed out")
+        return log()
+
+    _answer_batches(answer)
+
+
+def _answer_batches(answer: Callable[[Callable[[], Any], int], Any]) -> None:
+    original, numbers = mlflow.MlflowClient.log_batch, itertools.count(1)
+
+    def log_batch(self: Any, *arguments: Any, **options: Any) -> Any:
+        return answer(partial(original, self, *arguments, **options), next(numbers))
 
     mlflow.MlflowClient.log_batch = log_batch
 

@@ -13,6 +13,7 @@ from proofs import NewWorld, Proof
 
 from sonosco_mlflow.serialization.checkpoint import MANIFEST
 from sonosco_mlflow.tracking.checkpoints import newest_checkpoint
+from sonosco_mlflow.tracking.segments import Segment
 
 NEWEST, OLDER = "step-00000003", "step-00000002"
 FILES = (MANIFEST, "objects.json", "state.json", "model.safetensors", "optimizer.safetensors", "trainer.safetensors")
@@ -67,7 +68,7 @@ def test_every_damage_is_named_and_the_older_one_used(
         local = folders(world)["disk"]
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
-            found = newest_checkpoint(str(world.run_id), local)
+            found = newest_checkpoint(Segment(str(world.run_id)), local)
         told = "\n".join(str(warning.message) for warning in given)
         assert found is not None, what
         assert found.directory.name == (OLDER if len(places) == 2 else NEWEST), f"{what}: {told}"

@@ -1,4 +1,6 @@
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from sonosco_mlflow.serialization.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
+from sonosco_mlflow.serialization.durable import remove_directory
 from sonosco_mlflow.tracking.checkpoints import fetch_checkpoint, newest_checkpoint, upload_checkpoint
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.segments import Segment
 from sonosco_mlflow.tracking.store import download, find_run
 from sonosco_mlflow.tracking.tags import CHECKPOINT
 
@@ -32,8 +36,11 @@ class Recorder(TrackedRun):
         super().__init__(find_run(opened.id))
         self.doings: list[str] = []
         self.failing = ""
+        self.meanwhile: Callable[[], object] = lambda: None
 
     def log_file(self, path: Path, folder: str = "") -> None:
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
         if path.name == self.failing:
             raise ConnectionError("the server is away")
         self.doings.append(f"put {folder}/{path.name}")
@@ -100,8 +107,8 @@ def test_an_upload_that_was_cut_off_is_no_checkpoint_and_can_be_made_again(
     assert MANIFEST not in run.artifacts_in("checkpoints/step-00000001")
     assert CHECKPOINT not in find_run(run.id).data.tags
     if failing != FILES[0]:
-        with pytest.warns(UserWarning, match="passed over a broken checkpoint"):
-            assert newest_checkpoint(run.id, tmp_path / "elsewhere") is None
+        with pytest.warns(UserWarning, match="passed over a checkpoint"):
+            assert newest_checkpoint(Segment(run.id), tmp_path / "elsewhere") is None
 
     run.failing = ""
     upload_checkpoint(run, directory, kept(1))
@@ -180,9 +187,9 @@ def test_one_that_was_removed_before_its_turn_is_passed_over(run: Recorder, chec
 
 
 def test_without_any_there_is_none(run: Recorder, checkpoints: Path) -> None:
-    assert newest_checkpoint(run.id, checkpoints) is None
+    assert newest_checkpoint(Segment(run.id), checkpoints) is None
     checkpoints.mkdir()
-    assert newest_checkpoint(run.id, checkpoints) is None
+    assert newest_checkpoint(Segment(run.id), checkpoints) is None
     with pytest.raises(UserError, match=f"run {run.id} has kept no whole checkpoint"):
         fetch_checkpoint(f"runs:/{run.id}")
 
@@ -193,7 +200,7 @@ def test_the_one_on_this_machine_is_used_where_it_is_the_newest(
     upload_checkpoint(run, write(checkpoints, 1), kept(1))
     newer = write(checkpoints, 2)
     monkeypatch.setattr("sonosco_mlflow.tracking.checkpoints.download", lambda *_: pytest.fail("nothing to fetch"))
-    found = newest_checkpoint(run.id, checkpoints)
+    found = newest_checkpoint(Segment(run.id), checkpoints)
     assert found is not None
     assert (found.directory, found.step, found.digests) == (newer, 2, {"code": "c"})
 
@@ -207,7 +214,7 @@ def test_the_one_in_mlflow_is_brought_here_where_it_is_the_newest(
     upload_checkpoint(run, newer, kept(1, 2))
     content = {path.name: path.read_bytes() for path in newer.iterdir()}
     shutil.rmtree(newer if where == "same folder" else checkpoints)
-    found = newest_checkpoint(run.id, checkpoints)
+    found = newest_checkpoint(Segment(run.id), checkpoints)
     assert found is not None
     assert found.directory == newer
     assert {path.name: path.read_bytes() for path in newer.iterdir()} == content
@@ -218,7 +225,7 @@ def test_a_finer_position_is_newer(run: Recorder, checkpoints: Path) -> None:
     write(checkpoints, 1)
     state = {"model": {"weight": torch.zeros(1)}}
     within = write_checkpoint(checkpoints, Snapshot.take({}, state, 1, batches=2))
-    found = newest_checkpoint(run.id, checkpoints)
+    found = newest_checkpoint(Segment(run.id), checkpoints)
     assert found is not None
     assert found.directory == within
 
@@ -229,8 +236,8 @@ def test_a_broken_one_is_put_aside_and_its_copy_in_mlflow_is_used(run: Recorder,
     upload_checkpoint(run, newest, kept(1, 2))
     break_file(newest / "model.safetensors")
     altered = (newest / "model.safetensors").read_bytes()
-    with pytest.warns(UserWarning, match="passed over a broken checkpoint") as warned:
-        found = newest_checkpoint(run.id, checkpoints)
+    with pytest.warns(UserWarning, match="passed over a checkpoint") as warned:
+        found = newest_checkpoint(Segment(run.id), checkpoints)
     (message,) = [str(warning.message) for warning in warned]
     assert f"{newest / 'model.safetensors'}: altered" in message
     assert "put aside as broken-step-00000002-1" in message
@@ -245,7 +252,7 @@ def test_a_broken_one_without_a_copy_is_passed_over_for_the_one_before(run: Reco
     older = write(checkpoints, 1)
     (write(checkpoints, 2) / "state.json").unlink()
     with pytest.warns(UserWarning, match=r"step-00000002/state\.json: missing"):
-        found = newest_checkpoint(run.id, checkpoints)
+        found = newest_checkpoint(Segment(run.id), checkpoints)
     assert found is not None
     assert found.directory == older
 
@@ -259,8 +266,8 @@ def test_one_that_is_broken_in_mlflow_is_named_by_its_address_and_left_there(
     broken.write_text("{}")
     run.log_file(broken, "checkpoints/step-00000002")
     shutil.rmtree(checkpoints)
-    with pytest.warns(UserWarning, match="passed over a broken checkpoint") as warned:
-        found = newest_checkpoint(run.id, checkpoints)
+    with pytest.warns(UserWarning, match="passed over a checkpoint") as warned:
+        found = newest_checkpoint(Segment(run.id), checkpoints)
     (message,) = [str(warning.message) for warning in warned]
     assert f"runs:/{run.id}/checkpoints/step-00000002/state.json: altered" in message
     assert str(tmp_path) not in message
@@ -273,8 +280,8 @@ def test_one_that_is_broken_in_mlflow_is_named_by_its_address_and_left_there(
 def test_when_all_are_broken_there_is_none(run: Recorder, checkpoints: Path) -> None:
     for step in (1, 2):
         break_file(write(checkpoints, step) / "model.safetensors")
-    with pytest.warns(UserWarning, match="passed over a broken checkpoint") as warned:
-        assert newest_checkpoint(run.id, checkpoints) is None
+    with pytest.warns(UserWarning, match="passed over a checkpoint") as warned:
+        assert newest_checkpoint(Segment(run.id), checkpoints) is None
     assert [str(warning.message).count("step-0000000") > 0 for warning in warned] == [True, True]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["broken-step-00000001-1", "broken-step-00000002-1"]
 
@@ -286,7 +293,7 @@ def test_what_an_earlier_fetch_left_half_done_is_no_hindrance(run: Recorder, che
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_text("half")
     (leftover / "surplus").write_text("half")
-    found = newest_checkpoint(run.id, checkpoints)
+    found = newest_checkpoint(Segment(run.id), checkpoints)
     assert found is not None
     assert sorted(path.name for path in found.directory.iterdir()) == sorted([*FILES, MANIFEST])
 
@@ -312,3 +319,31 @@ def test_of_a_run_whose_newest_is_broken_the_one_before_is_fetched(
         assert read_checkpoint(fetch_checkpoint(f"runs:/{run.id}")).step == 1
     with pytest.raises(BrokenCheckpointError):
         read_checkpoint(fetch_checkpoint(f"runs:/{run.id}/checkpoints/step-00000002"))
+
+
+# ---------------------------------------------------------------------- written while it is delivered
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_delivered_is_passed_over(run: Recorder, checkpoints: Path) -> None:
+    upload_checkpoint(run, write(checkpoints, 1), kept(1))
+    directory = write(checkpoints, 2)
+    run.meanwhile = partial(remove_directory, directory)
+    upload_checkpoint(run, directory, kept(2))
+    assert find_run(run.id).data.tags[CHECKPOINT] == "checkpoints/step-00000001"
+    assert MANIFEST not in run.artifacts_in("checkpoints/step-00000002")
+    upload_checkpoint(run, write(checkpoints, 3), kept(3))
+    assert stored(run) == ["step-00000003"]
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_delivered_never_looks_whole_unless_it_is(
+    run: Recorder, checkpoints: Path, tmp_path: Path
+) -> None:
+    directory = write(checkpoints, 1)
+    run.meanwhile = partial(write, checkpoints, 1, value=2.0)
+    upload_checkpoint(run, directory, kept(1))
+    with pytest.raises(BrokenCheckpointError):
+        verify_checkpoint(download(run.id, "checkpoints/step-00000001", tmp_path / "mixed"))
+    # The new one has its own turn.
+    upload_checkpoint(run, directory, kept(1))
+    found = read_checkpoint(download(run.id, "checkpoints/step-00000001", tmp_path / "back"))
+    assert found.state["model"]["weight"].tolist() == [2.0] * 3

@@ -168,17 +168,17 @@ def test_a_numerics_difference_names_what_may_have_made_it(run_id: str) -> None:
 
 def test_a_data_difference_names_its_parts(run_id: str) -> None:
     other = replace(LINEAGE, manifests={"train": "c" * 64}, outputs={**LINEAGE.outputs, "data/features": "f2"})
-    assert data_difference(run_id, other) == (
+    assert data_difference(run_id, "", other) == (
         "the dev manifest (none, was bbbbbbbbbbbb), the train manifest (cccccccccccc, was aaaaaaaaaaaa), "
         "data/features of DVC"
     )
-    assert data_difference(run_id, replace(LINEAGE, vocabulary="v2")) == "the data differs in its vocabulary"
+    assert data_difference(run_id, "", replace(LINEAGE, vocabulary="v2")) == "the data differs in its vocabulary"
 
 
 def test_a_split_that_came_is_a_difference_too(run_id: str) -> None:
     other = replace(LINEAGE, manifests={**LINEAGE.manifests, "test": "d" * 64})
     assert other.digest != LINEAGE.digest
-    assert data_difference(run_id, other) == "the test manifest (dddddddddddd, was none)"
+    assert data_difference(run_id, "", other) == "the test manifest (dddddddddddd, was none)"
 
 
 def test_what_a_run_kept_can_be_told_apart_from_the_recipe_alone(code: CodeSnapshot) -> None:

@@ -374,6 +374,20 @@ def test_the_first_different_bit_stops_the_run(tmp_path: Path, value: float, sto
     assert journal.verified_steps == set()
 
 
+def test_up_to_where_a_way_was_left_the_store_keeps_what_it_has(tmp_path: Path) -> None:
+    recorded = {("train_loss", step): Recorded(0.5, 777) for step in (3, 4)}
+    sent: list[Row] = []
+    journal = Journal(tmp_path / "journal.jsonl", sent.extend)
+    journal.resume([], 2, recorded, differs_until=3)
+    journal.write(3, 3, {"train_loss": 0.25})
+    journal.flush()
+    assert not sent
+    assert [row.metrics for row in read_rows(journal.path)] == [{"train_loss": 0.25}]
+    assert (journal.differing_steps, journal.verified_steps) == ({3}, set())
+    with pytest.raises(DivergedError, match="step 4 was made again"):
+        journal.write(4, 4, {"train_loss": 0.25})
+
+
 def test_a_store_clips_infinities_and_has_no_negative_zero() -> None:
     assert [storable(value) for value in (INFINITY, -INFINITY, 1.5, 5e-324)] == [LARGEST, -LARGEST, 1.5, 5e-324]
     assert storable(-0.0).hex() == (0.0).hex()

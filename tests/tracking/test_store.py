@@ -17,8 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.store import connect, download, find_run, is_away, recorded_settings
+from sonosco_mlflow.tracking.store import connect, download, find_run, is_away
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 
@@ -32,23 +31,6 @@ def test_a_copy_that_dvc_made_for_an_experiment_uses_the_projects_store(
     monkeypatch.setattr(mlflow, "MlflowClient", Mock())
     connect(copy)
     assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path / 'project' / 'mlflow.db'}"
-
-
-# ---------------------------------------------------------------------- a run that goes on
-
-
-def test_the_recipe_of_a_run_is_read_again() -> None:
-    with TrackedRun.open("Default", "train") as run:
-        with pytest.raises(UserError, match=r"has no artifact 'config/params\.yaml'"):
-            recorded_settings(run.id)
-        run.log_text("optimizer:\n  lr: 3e-4\n", "config/params.yaml")
-        assert recorded_settings(run.id) == {"optimizer": {"lr": 3e-4}}
-        for broken in ("- a\n- b\n", "a: [", "7\n"):
-            run.log_text(broken, "config/params.yaml")
-            with pytest.raises(UserError, match=f"runs:/{run.id}/config/params.yaml: not a recipe"):
-                recorded_settings(run.id)
-        run.log_text("", "config/params.yaml")
-        assert recorded_settings(run.id) == {}
 
 
 # ---------------------------------------------------------------------- a server that is away

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import mlflow
-
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization import serializer
 from sonosco_mlflow.serialization.checkpoint import (
@@ -22,17 +20,19 @@ from sonosco_mlflow.serialization.checkpoint import (
 )
 from sonosco_mlflow.serialization.durable import make_directory, rename
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.store import connect, download, find_run
+from sonosco_mlflow.tracking.segments import Segment, newest_segment
+from sonosco_mlflow.tracking.store import artifact_names, connect, download, find_run
 from sonosco_mlflow.tracking.tags import CHECKPOINT
 
-FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 def upload_checkpoint(run: TrackedRun, directory: Path, kept: frozenset[str], *, verify: bool = False) -> None:
     """Upload a checkpoint, and delete from the run those that are not among the ``kept``.
 
     Its manifest goes last: it marks the checkpoint as whole. Then the tag that names the newest may move. One that the
-    run has already, byte for byte, is left as it is; one that was removed before its turn came is passed over.
+    run has already, byte for byte, is left as it is. One that is removed from the disk before its turn comes, or in
+    the middle of it, is passed over: newer ones stand, whose turn is next.
 
     Args:
         run: where to.
@@ -40,30 +40,39 @@ def upload_checkpoint(run: TrackedRun, directory: Path, kept: frozenset[str], *,
         kept: names of the checkpoints that the run is to keep.
         verify: read back every byte of what the run has already, not only its manifest, and replace what is broken.
     """
-    folder = f"{FOLDER}/{directory.name}"
-    if not directory.exists():
+    try:
+        _upload(run, directory, verify)
+    except Exception:
+        if directory.exists():
+            raise
         return
+    for name in run.artifacts_in(CHECKPOINTS):
+        if position_of(name) is not None and name not in kept:
+            run.delete_artifact(f"{CHECKPOINTS}/{name}")
+
+
+def _upload(run: TrackedRun, directory: Path, verify: bool) -> None:
+    folder = f"{CHECKPOINTS}/{directory.name}"
     manifest = (directory / MANIFEST).read_bytes()
-    if not _has(run, folder, manifest, verify):
+    if not is_delivered(run, directory.name, manifest, verify=verify):
         if MANIFEST in run.artifacts_in(folder):
             # Between an old manifest and new files it would look broken; without a manifest it is merely unfinished.
             run.delete_artifact(f"{folder}/{MANIFEST}")
         for path in sorted(directory.iterdir()):
             if path.name != MANIFEST:
                 run.log_file(path, folder)
-        run.log_file(directory / MANIFEST, folder)
+        # What was read first: should the directory be replaced meanwhile, it does not vouch for what it does not know.
+        run.log_bytes(manifest, f"{folder}/{MANIFEST}")
     run.set_tags({CHECKPOINT: folder})
-    for name in run.artifacts_in(FOLDER):
-        if position_of(name) is not None and name not in kept:
-            run.delete_artifact(f"{FOLDER}/{name}")
 
 
-def _has(run: TrackedRun, folder: str, manifest: bytes, verify: bool) -> bool:
+def is_delivered(run: TrackedRun, name: str, manifest: bytes, *, verify: bool = False) -> bool:
+    """Return whether a run has the checkpoint ``name`` with this manifest in MLflow; ``verify`` reads every byte."""
+    folder = f"{CHECKPOINTS}/{name}"
     if MANIFEST not in run.artifacts_in(folder):
         return False
     with tempfile.TemporaryDirectory() as scratch:
-        name = folder if verify else f"{folder}/{MANIFEST}"
-        fetched = download(run.id, name, Path(scratch))
+        fetched = download(run.id, folder if verify else f"{folder}/{MANIFEST}", Path(scratch))
         if not verify:
             return fetched.read_bytes() == manifest
         try:
@@ -79,42 +88,52 @@ def _has(run: TrackedRun, folder: str, manifest: bytes, verify: bool) -> bool:
         return (fetched / MANIFEST).read_bytes() == manifest
 
 
-def newest_checkpoint(run_id: str, directory: Path) -> Checkpoint | None:
+def newest_checkpoint(segment: Segment, directory: Path) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, of those in ``directory`` and in MLflow, or None.
 
-    One that is only in MLflow is brought to ``directory``. A broken one is named by a warning and passed over; on the
-    disk it is put aside, never deleted.
+    One that is only in MLflow is brought to ``directory``. A broken one, or one of a way that the run has left, is
+    named by a warning and passed over; on the disk it is put aside, never deleted.
+
+    Args:
+        segment: the newest of the run.
+        directory: the run's checkpoints on this machine.
     """
-    client = mlflow.MlflowClient()
-    stored = {Path(item.path).name for item in client.list_artifacts(run_id, FOLDER)}
+    stored = set(artifact_names(segment.run_id, CHECKPOINTS))
     names = {name for name in stored | {path.name for path in checkpoints_in(directory)} if position_of(name)}
     for name in sorted(names, key=position_of, reverse=True):  # type: ignore[arg-type]
         if (directory / name).exists():
             try:
-                return read_checkpoint(directory / name)
+                return _belonging(read_checkpoint(directory / name), segment)
             except BrokenCheckpointError as error:
                 aside = quarantine(directory / name)
-                warnings.warn(
-                    f"passed over a broken checkpoint: {error}; it is put aside as {aside.name}", stacklevel=2
-                )
+                warnings.warn(f"passed over a checkpoint: {error}; it is put aside as {aside.name}", stacklevel=2)
         if name in stored:
             try:
-                return _fetch(run_id, name, directory)
+                return _fetch(segment, name, directory)
             except BrokenCheckpointError as error:
-                warnings.warn(f"passed over a broken checkpoint of run {run_id}: {error}", stacklevel=2)
+                warnings.warn(f"passed over a checkpoint of run {segment.run_id}: {error}", stacklevel=2)
     return None
 
 
-def _fetch(run_id: str, name: str, directory: Path) -> Checkpoint:
+def _belonging(checkpoint: Checkpoint, segment: Segment) -> Checkpoint:
+    if not segment.holds(checkpoint):
+        raise BrokenCheckpointError(
+            f"{checkpoint.directory}: of a way that the run has left; segment {segment.branch} went on otherwise"
+        )
+    return checkpoint
+
+
+def _fetch(segment: Segment, name: str, directory: Path) -> Checkpoint:
     partial = directory / f".partial-{name}"
     shutil.rmtree(partial, ignore_errors=True)
     make_directory(partial)
-    fetched = download(run_id, f"{FOLDER}/{name}", partial)
+    place = f"{CHECKPOINTS}/{name}"
+    fetched = download(segment.run_id, place, partial)
     try:
         # Named by where it came from: the place of the download says nothing to a reader.
-        read_checkpoint(fetched)
+        _belonging(read_checkpoint(fetched), segment)
     except BrokenCheckpointError as error:
-        raise BrokenCheckpointError(str(error).replace(str(fetched), f"runs:/{run_id}/{FOLDER}/{name}")) from error
+        raise BrokenCheckpointError(str(error).replace(str(fetched), f"runs:/{segment.run_id}/{place}")) from error
     else:
         rename(fetched, directory / name)
         return read_checkpoint(directory / name)
@@ -130,11 +149,11 @@ def fetch_checkpoint(uri: str) -> Path:
     """
     run_id, _, artifact = uri.removeprefix("runs:/").partition("/")
     connect(Path())
-    find_run(run_id)
+    run = find_run(run_id)
     folder = Path(tempfile.mkdtemp(prefix="sonosco-checkpoint-"))
     if artifact:
         return download(run_id, artifact, folder)
-    checkpoint = newest_checkpoint(run_id, folder)
+    checkpoint = newest_checkpoint(newest_segment(run), folder)
     if checkpoint is None:
         raise UserError(f"run {run_id} has kept no whole checkpoint")
     return checkpoint.directory

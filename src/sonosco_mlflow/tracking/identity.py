@@ -94,9 +94,9 @@ def code_difference(run_id: str, folder: str, present: CodeSnapshot) -> str:
     return f"{len(names)} files differ: {_listed(names)}"
 
 
-def data_difference(run_id: str, present: DataLineage) -> str:
-    """Say which parts of the data differ from those of the run."""
-    recorded = json.loads(_artifact(run_id, "data/lineage.json"))
+def data_difference(run_id: str, folder: str, present: DataLineage) -> str:
+    """Say which parts of the data differ from those in artifact folder ``folder``."""
+    recorded = json.loads(_artifact(run_id, f"{folder}data/lineage.json"))
     here = json.loads(present.to_json())
     was, now = recorded["manifests"], here["manifests"]
     parts = [

@@ -131,14 +131,14 @@ class Journal(Callback, is_part_of_trainer=False):
         self.verified_steps: set[int] = set()
         self.differing_steps: set[int] = set()
         self._recorded: Records = {}
-        self._may_differ = False
+        self._differs_until = -1
         self._last_steps: dict[str, int] = {}
         self._file: AppendedFile | None = None
         self._lock = threading.Lock()
         self._unsent: list[Row] = []
         self._sent_at = time.monotonic()
 
-    def resume(self, rows: list[Row], micro_step: int, recorded: Records, *, may_differ: bool = False) -> list[Row]:
+    def resume(self, rows: list[Row], micro_step: int, recorded: Records, *, differs_until: int = -1) -> list[Row]:
         """Become the journal as it was at ``micro_step``, and return its rows.
 
         Args:
@@ -146,15 +146,15 @@ class Journal(Callback, is_part_of_trainer=False):
             micro_step: batches trained on at the checkpoint; rows after it are taken back.
             recorded: what the tracking store holds of this run. What it lacks of the kept rows is sent, what it holds
                 beyond them is to come out again.
-            may_differ: whether it may come out otherwise, because a change was allowed. The store keeps its first row,
-                which no call can replace; this file has the new one.
+            differs_until: last step that may come out otherwise, because a change was allowed since. The store keeps
+                its first row, which no call can replace; this file has the new one.
         """
         kept = [row for row in rows if row.micro_step <= micro_step]
         make_directory(self.path.parent)
         replace_bytes(self.path, b"".join(row.line() for row in kept))
         with self._lock:
             self._recorded = recorded
-            self._may_differ = may_differ
+            self._differs_until = differs_until
             self._last_steps = {name: row.step for row in kept for name in row.metrics}
             self._unsent = [missing for row in kept if (missing := self._not_recorded(row)).metrics]
         return kept
@@ -239,7 +239,7 @@ class Journal(Callback, is_part_of_trainer=False):
                 continue
             self.differing_steps.add(row.step)
             self.verified_steps.discard(row.step)
-            if not self._may_differ:
+            if row.step > self._differs_until:
                 raise DivergedError(
                     f"step {row.step} was made again and came out otherwise: {name} is {row.metrics[name]!r}, the "
                     f"tracking store has {recorded.value!r}. Something has changed since the checkpoint was written, "

@@ -26,6 +26,7 @@ from mlflow.utils.mlflow_tags import (
 from sonosco_mlflow.errors import describe_failure
 from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.secrecy import without_credentials
+from sonosco_mlflow.tracking.store import artifact_names
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, SEGMENTS, STATE
 
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
@@ -209,8 +210,7 @@ class TrackedRun:
 
     def artifacts_in(self, folder: str) -> list[str]:
         """Return the names of what stands in an artifact folder."""
-        repository = get_artifact_repository(self.artifact_uri)
-        return [item.path.rpartition("/")[2] for item in repository.list_artifacts(folder)]
+        return artifact_names(self.id, folder)
 
     def delete_artifact(self, name: str) -> None:
         """Delete an artifact, file or folder."""

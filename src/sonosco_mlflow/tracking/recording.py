@@ -1,7 +1,7 @@
 """What a run writes down while it trains, and its way into MLflow.
 
-Everything is on this machine's disk first, the journal before the checkpoint that counts its rows. One thread beside
-the training writes and then delivers: rows, the journal, a checkpoint's files, its manifest, the tag that names it.
+Everything is on this machine's disk first, the journal before the checkpoint that counts its rows. What was written is
+then delivered beside the training: rows, the journal, a checkpoint's files, its manifest, the tag that names it.
 """
 
 import tempfile
@@ -16,6 +16,7 @@ from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Ro
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.resumption import Resumption
+from sonosco_mlflow.tracking.segments import Segment
 from sonosco_mlflow.tracking.store import is_away
 from sonosco_mlflow.tracking.tensorboard import TensorBoard
 from sonosco_mlflow.training.callbacks.base import Callback
@@ -55,18 +56,18 @@ class Recording(Callback, is_part_of_trainer=False):
             checkpoint.before_writing.append(self.journal.sync)
             checkpoint.listeners.append(self._deliver_checkpoint)
 
-    def resume(self, resumption: Resumption, micro_step: int, kept: frozenset[str]) -> None:
+    def resume(self, resumption: Resumption, segment: Segment, micro_step: int, kept: frozenset[str]) -> None:
         """Take back what was recorded after the checkpoint, and deliver what MLflow lacks of the rest.
 
         Args:
             resumption: the run that goes on.
+            segment: what this process is of it.
             micro_step: batches trained on at the checkpoint.
             kept: names of the checkpoints that the state keeps.
         """
         with tempfile.TemporaryDirectory() as scratch:
             rows = resumption.rows(Path(scratch)) if micro_step else []
-        changed = bool(resumption.changes)
-        rows = self.journal.resume(rows, micro_step, self.run.records(), may_differ=changed)
+        rows = self.journal.resume(rows, micro_step, resumption.records, differs_until=segment.differs_until)
         if self.board is not None:
             self.board.rewrite(rows)
         self.background.deliver(self.journal.flush)

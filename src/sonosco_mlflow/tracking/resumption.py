@@ -1,12 +1,9 @@
 """A run that is to go on: what it kept, what its state belongs to, and whether what is here is still that."""
 
-import json
-import os
-import socket
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,15 +12,16 @@ from mlflow.entities import Run
 
 from sonosco_mlflow.config import decisive, settings_digest
 from sonosco_mlflow.errors import UserError, nearest
-from sonosco_mlflow.serialization.checkpoint import Checkpoint
+from sonosco_mlflow.serialization.checkpoint import MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
-from sonosco_mlflow.tracking.checkpoints import newest_checkpoint
-from sonosco_mlflow.tracking.journal import JOURNAL, Row, read_rows
+from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
+from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, read_rows
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
-from sonosco_mlflow.tracking.store import download, find_run, recorded_settings
+from sonosco_mlflow.tracking.segments import BRANCH, Segment, newest_segment
+from sonosco_mlflow.tracking.store import artifact_names, download, find_run
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
@@ -49,10 +47,13 @@ class Resumption:
         tracked: the same, to be reopened.
         lease: this process's right to train it.
         folder: the run's own files on this machine; it may be empty.
+        last: its newest segment.
         settings: the recipe that the run kept.
         checkpoint: the newest whole one, or None where the run was killed before the first.
         allowed: names of the changes that are allowed.
         changes: digests that differ (recorded, present), once :meth:`check` has compared them.
+        altered: names of all digests that differ from those of the checkpoint: also what an earlier segment was allowed
+            to change that was killed before it had a checkpoint of its own.
     """
 
     run: Run
@@ -60,10 +61,12 @@ class Resumption:
     tracked: TrackedRun
     lease: Lease
     folder: Path
+    last: Segment
     settings: dict[str, Any]
     checkpoint: Checkpoint | None
     allowed: frozenset[str]
     changes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    altered: frozenset[str] = frozenset()
 
     @classmethod
     def begin(cls, run_id: str, project: Path, allowed: Iterable[str] = ()) -> Self:
@@ -90,12 +93,13 @@ class Resumption:
             state = run.data.tags.get(STATE, VANISHED)
             condition = VANISHED if state == "running" else state
             folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
-            checkpoint = newest_checkpoint(run_id, folder / "checkpoints")
-            settings = recorded_settings(run_id)
+            last = newest_segment(run)
+            settings = last.settings()
+            checkpoint = newest_checkpoint(last, folder / "checkpoints")
         except BaseException:
             lease.release()
             raise
-        return cls(run, condition, tracked, lease, folder, settings, checkpoint, frozenset(allowed))
+        return cls(run, condition, tracked, lease, folder, last, settings, checkpoint, frozenset(allowed))
 
     @property
     def was_finished(self) -> bool:
@@ -105,7 +109,7 @@ class Resumption:
     @property
     def threads(self) -> int | None:
         """The number of threads that the run computes with, where it is known."""
-        digests = self._digests()
+        digests = self.digests
         return int(digests["threads"]) if "threads" in digests else None
 
     def check(self, origin: Origin, data: Mapping[str, str], lineage: DataLineage) -> None:
@@ -120,16 +124,16 @@ class Resumption:
             UserError: something differs and is not allowed.
         """
         run_id = self.tracked.id
-        folder = segment_folder(self.tracked.segment)
+        folder = self.last.folder
         self.changes = identity.check_identity(
             run_id,
-            self._digests(),
+            self.digests,
             {**origin.digests, **data},
             self.allowed,
             {
                 "config": lambda: identity.config_difference(decisive(self.settings), decisive(origin.settings)),
                 "code": lambda: identity.code_difference(run_id, folder, origin.code),
-                "data": lambda: identity.data_difference(run_id, lineage),
+                "data": lambda: identity.data_difference(run_id, folder, lineage),
                 "vocabulary": lambda: "the tokenizer has another vocabulary",
                 "batches": lambda: "the training loader makes other batches (its seed, its size, or the data)",
                 "environment": lambda: identity.environment_difference(run_id, folder, origin.environment),
@@ -137,6 +141,7 @@ class Resumption:
                 "canary": lambda: identity.numerics_difference(run_id, folder, origin.environment),
             },
         )
+        self.altered = frozenset({*self.changes, *self.last.changes_since(self.checkpoint)})
 
     def restore(self, trainer: "ModelTrainer") -> None:
         """Put the state into ``trainer``, which is made as it was when the run began.
@@ -147,7 +152,7 @@ class Resumption:
         if self.checkpoint is None:
             return
         trainer.load_state_dict(self.checkpoint.state)
-        if "config" in self.changes:
+        if "config" in self.altered:
             trainer.renew_optimizer_options()
         before, now, done = self.checkpoint.objects["parameters"]["epochs"], trainer.epochs, trainer.progress.epoch
         if now < done:
@@ -160,46 +165,46 @@ class Resumption:
             )
 
     def rows(self, scratch: Path) -> list[Row]:
-        """Return the rows of the journal that this machine has, or else those that the run kept in MLflow."""
-        rows = read_rows(self.folder / JOURNAL)
-        step = 0 if self.checkpoint is None else self.checkpoint.step
-        if {row.step for row in rows if "train_loss" in row.metrics} >= set(range(1, step + 1)):
-            return rows
-        return read_rows(download(self.tracked.id, JOURNAL, scratch))
+        """Return the rows of the journal that belongs to the checkpoint: MLflow's, where the checkpoint is there too.
+
+        This machine's own may be of a way that the run has left.
+        """
+        assert self.checkpoint is not None
+        directory = self.checkpoint.directory
+        if is_delivered(self.tracked, directory.name, (directory / MANIFEST).read_bytes()):
+            return read_rows(download(self.tracked.id, JOURNAL, scratch))
+        return read_rows(self.folder / JOURNAL)
 
     def data_lock(self) -> str | None:
-        """Return the ``dvc.lock`` of the newest segment that kept one, or None."""
-        for segment in range(self.tracked.segment, 0, -1):
-            folder = f"{segment_folder(segment)}data"
-            if "dvc.lock" in self.tracked.artifacts_in(folder):
-                with tempfile.TemporaryDirectory() as scratch:
-                    return download(self.tracked.id, f"{folder}/dvc.lock", Path(scratch)).read_text(encoding="utf-8")
-        return None
+        """Return the ``dvc.lock`` that the newest segment kept, or None."""
+        folder = f"{self.last.folder}data"
+        if "dvc.lock" not in artifact_names(self.tracked.id, folder):
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            return download(self.tracked.id, f"{folder}/dvc.lock", Path(scratch)).read_text(encoding="utf-8")
 
-    def to_json(self) -> str:
-        """Return how the run goes on, as JSON."""
-        content = {
-            "segment": self.tracked.segment,
-            "checkpoint": None if self.checkpoint is None else self.checkpoint.directory.name,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "changes": {name: {"was": was, "is": now} for name, (was, now) in self.changes.items()},
-        }
-        return json.dumps(content, indent=1) + "\n"
+    def next_segment(self) -> Segment:
+        """Return the segment that this process is about to be."""
+        recorded = max((step for _, step in self.records), default=-1)
+        return self.last.next(self.tracked.segment + 1, self.checkpoint, self.changes, recorded)
 
-    def _digests(self) -> dict[str, str]:
+    @cached_property
+    def records(self) -> Records:
+        """What the tracking store holds of the run's metrics."""
+        return self.tracked.records()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What the run goes on with, as digests by name."""
+        return {**self._state_digests(), **self.last.changes_since(self.checkpoint)}
+
+    def _state_digests(self) -> dict[str, str]:
         if self.checkpoint is not None:
-            return self.checkpoint.digests
+            return {name: digest for name, digest in self.checkpoint.digests.items() if name != BRANCH}
         tags = self.run.data.tags
         names = {"code": CODE_DIGEST, "environment": ENVIRONMENT_DIGEST, "canary": CANARY, "data": DATA_DIGEST}
         found = {name: tags[tag] for name, tag in names.items() if tag in tags}
         return {**found, "config": settings_digest(decisive(self.settings))}
-
-
-def segment_folder(segment: int) -> str:
-    """Return the artifact folder of a segment's origin: that of the first is the run's own."""
-    return "" if segment == 1 else f"segments/{segment}/"
 
 
 def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | None:

@@ -6,19 +6,15 @@ It is MLflow's own default, or what ``MLFLOW_TRACKING_URI`` names; never one of 
 import logging
 import os
 import re
-import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import requests
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.pipeline import locked
@@ -102,24 +98,15 @@ def find_run(run_id: str) -> Run:
         ) from error
 
 
-def recorded_settings(run_id: str) -> dict[str, Any]:
-    """Return the recipe that a run kept, as nested settings.
-
-    Raises:
-        UserError: it kept none, or one that cannot be read.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        text = download(run_id, "config/params.yaml", Path(scratch)).read_text(encoding="utf-8")
-    try:
-        return dict(YAML(typ="safe").load(text) or {})
-    except (YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"runs:/{run_id}/config/params.yaml: not a recipe ({error})") from error
-
-
 def experiment_name(run: Run) -> str:
     """Return the name of the MLflow experiment that ``run`` belongs to."""
     name: str = mlflow.get_experiment(run.info.experiment_id).name
     return name
+
+
+def artifact_names(run_id: str, folder: str) -> list[str]:
+    """Return the names of what stands in an artifact folder of a run; none where there is no such folder."""
+    return [item.path.rpartition("/")[2] for item in mlflow.MlflowClient().list_artifacts(run_id, folder)]
 
 
 def download(run_id: str, artifact: str, folder: Path) -> Path:

@@ -1,0 +1,170 @@
+"""The segments of a run: each process that trained it, what it began from, and what it was allowed to change.
+
+A segment's origin lies in ``segments/<n>/``, that of the first beside the run's other artifacts. ``segment.json`` is
+stored last: without it the process was killed before it began, and the segment does not count.
+
+A change that was allowed makes the run branch: it goes on from a checkpoint on another way, and what an earlier segment
+did beyond that checkpoint is of a way that was left. It may still lie on another machine. So each checkpoint names its
+branch, and each segment lists all branches so far::
+
+    here = newest_segment(run)
+    here.holds(checkpoint)        # whether it lies on the way that the run is on now
+    here.settings()               # the recipe that it goes on with
+"""
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Run
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.checkpoint import Checkpoint, position_of
+from sonosco_mlflow.tracking.store import artifact_names, download
+from sonosco_mlflow.tracking.tags import SEGMENTS
+
+RECORD = "segment.json"
+BRANCH = "branch"
+"""Among a checkpoint's digests: the segment that began its branch. One of the first branch has none."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a run left its way.
+
+    Attributes:
+        segment: number of the segment that did.
+        checkpoint: name of the checkpoint that it went on from, or None where it began anew.
+        changes: digests that differ since, as (was, is).
+        recorded: last step of which the tracking store had a row by then; those it keeps, whatever is made of them now.
+    """
+
+    segment: int
+    checkpoint: str | None
+    changes: Mapping[str, tuple[str, str]]
+    recorded: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One process's part of a run.
+
+    Attributes:
+        run_id: the run.
+        number: 1 for the process that made it.
+        branches: where the run has left its way up to this segment, in order.
+    """
+
+    run_id: str
+    number: int = 1
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Artifact folder of its origin: empty, or ending in a slash."""
+        return "" if self.number == 1 else f"segments/{self.number}/"
+
+    @property
+    def branch(self) -> int:
+        """The branch that the run is on: number of the segment that began it."""
+        return self.branches[-1].segment if self.branches else 1
+
+    @property
+    def differs_until(self) -> int:
+        """Last step whose rows in the tracking store may be of a way that was left; -1 if there is none."""
+        return max((branch.recorded for branch in self.branches), default=-1)
+
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint of this run lies on the way that led to this segment."""
+        position = position_of(checkpoint.directory.name) or ()
+        left_at = [position_of(branch.checkpoint or "") or () for branch in self._since(checkpoint)]
+        return all(position <= left for left in left_at)
+
+    def changes_since(self, checkpoint: Checkpoint | None) -> dict[str, str]:
+        """Return the digests that were allowed to change after ``checkpoint`` (after the start), as they are now."""
+        return {name: now for branch in self._since(checkpoint) for name, (_, now) in branch.changes.items()}
+
+    def next(
+        self, number: int, checkpoint: Checkpoint | None, changes: Mapping[str, tuple[str, str]], recorded: int
+    ) -> "Segment":
+        """Return the segment that goes on from ``checkpoint`` with those changes; see :class:`Branch`."""
+        origin = None if checkpoint is None else checkpoint.directory.name
+        own = (Branch(number, origin, dict(changes), recorded),) if changes else ()
+        return Segment(self.run_id, number, self.branches + own)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the recipe that this segment goes on with, as nested settings.
+
+        Raises:
+            UserError: the run kept none, or one that cannot be read.
+        """
+        name = f"{self.folder}config/params.yaml"
+        with tempfile.TemporaryDirectory() as scratch:
+            text = download(self.run_id, name, Path(scratch)).read_text(encoding="utf-8")
+        try:
+            return dict(YAML(typ="safe").load(text) or {})
+        except (YAMLError, TypeError, ValueError) as error:
+            raise UserError(f"runs:/{self.run_id}/{name}: not a recipe ({error})") from error
+
+    def record(self, checkpoint: Checkpoint | None) -> str:
+        """Return ``segment.json`` of the segment that goes on from ``checkpoint`` in this process."""
+        content = {
+            "segment": self.number,
+            "checkpoint": None if checkpoint is None else checkpoint.directory.name,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "branches": [
+                {
+                    "segment": branch.segment,
+                    "checkpoint": branch.checkpoint,
+                    "changes": {name: {"was": was, "is": now} for name, (was, now) in branch.changes.items()},
+                    "recorded": branch.recorded,
+                }
+                for branch in self.branches
+            ],
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def _since(self, checkpoint: Checkpoint | None) -> list[Branch]:
+        known = 0 if checkpoint is None else int(checkpoint.digests.get(BRANCH, "1"))
+        return [branch for branch in self.branches if branch.segment > known]
+
+
+def newest_segment(run: Run) -> Segment:
+    """Return the newest segment of a run that began to train.
+
+    Raises:
+        UserError: what it has recorded cannot be read.
+    """
+    run_id = str(run.info.run_id)
+    for number in range(int(run.data.tags.get(SEGMENTS, "1")), 1, -1):
+        folder = Segment(run_id, number).folder
+        if RECORD in artifact_names(run_id, folder.rstrip("/")):
+            with tempfile.TemporaryDirectory() as scratch:
+                text = download(run_id, f"{folder}{RECORD}", Path(scratch)).read_text(encoding="utf-8")
+            return Segment(run_id, number, _branches(text, f"runs:/{run_id}/{folder}{RECORD}"))
+    return Segment(run_id)
+
+
+def _branches(text: str, place: str) -> tuple[Branch, ...]:
+    try:
+        return tuple(
+            Branch(
+                int(item["segment"]),
+                item["checkpoint"],
+                {str(name): (str(change["was"]), str(change["is"])) for name, change in item["changes"].items()},
+                int(item["recorded"]),
+            )
+            for item in json.loads(text)["branches"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place}: not the record of a segment ({error!r})") from error
