@@ -14,7 +14,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.host_lock import HostLock
+from sonosco_mlflow.tracking.host_lock import HostLock, locks_name
 from sonosco_mlflow.tracking.lease import HEARTBEAT, HOST, OWNER, PID, Lease, condition
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.tracking.tags import STATE
@@ -52,6 +52,7 @@ def process(program: str) -> "subprocess.Popen[str]":
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -98,7 +99,8 @@ def test_other_runs_are_free(run_id: str, locks: Path) -> None:
 
 
 def test_a_killed_process_loses_the_run_at_once_even_to_a_worker_that_outlives_it(run_id: str, locks: Path) -> None:
-    mlflow.MlflowClient().set_tag(run_id, HOST, "here")
+    for key, value in {HOST: "here", OWNER: f"{locks_name(locks)}-of-the-process"}.items():
+        mlflow.MlflowClient().set_tag(run_id, key, value)
     worker = locks.parent / "worker"
     then = f"""if os.fork() == 0:
             Path({str(worker)!r}).write_text(str(os.getpid()))
@@ -187,6 +189,36 @@ def test_another_machine_waits_for_a_run_that_shows_life(run_id: str, locks: Pat
     assert not HostLock(run_id, tmp_path / "third").is_held()
 
 
+def test_a_container_of_the_same_name_that_sees_no_lock_waits_too(run_id: str, locks: Path, tmp_path: Path) -> None:
+    lease = take(run_id, locks)
+    there = tmp_path / "there"
+    with pytest.raises(UserError, match="which showed life 119 s ago"):
+        take(run_id, there, "here", 119)
+    assert state(run_id, there, "here", 119) == "running"
+    assert state(run_id, there, "here", 120) == "vanished"
+    lease.release()
+    take(run_id, there, "here", 2)
+
+
+def test_all_who_see_the_same_locks_have_one_name(tmp_path: Path) -> None:
+    program = f"""
+        from pathlib import Path
+        from sonosco_mlflow.tracking.host_lock import locks_name
+        print("ready", flush=True)
+        input()
+        print(locks_name(Path({str(tmp_path / "locks")!r})))
+    """
+    children = [process(program) for _ in range(4)]
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    names = {child.communicate()[0] for child in children}
+    assert len(names) == 1
+    assert len(names.pop().strip()) == 16
+    assert [path.name for path in (tmp_path / "locks").iterdir()] == ["name"]
+
+
 def test_whoever_is_taken_over_stops(run_id: str, locks: Path, tmp_path: Path) -> None:
     lease = take(run_id, locks)
     lease.renew()
@@ -268,12 +300,14 @@ def test_a_failure_while_taking_gives_the_lock_back(run_id: str, locks: Path) ->
     assert not HostLock("nonsense", locks).is_held()
 
 
-def test_the_lock_file_stays_young(run_id: str, locks: Path) -> None:
+def test_the_files_of_the_locks_stay_young(run_id: str, locks: Path) -> None:
     lease = take(run_id, locks)
-    (file,) = locks.iterdir()
-    os.utime(file, (0, 0))
+    files = list(locks.iterdir())
+    assert len(files) == 2
+    for file in files:
+        os.utime(file, (0, 0))
     lease.renew()
-    assert file.stat().st_mtime > 0
+    assert all(file.stat().st_mtime > 0 for file in files)
 
 
 def test_a_folder_of_locks_that_others_made_is_not_used(run_id: str, locks: Path, tmp_path: Path) -> None:

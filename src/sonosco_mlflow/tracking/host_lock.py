@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import secrets
 import stat
 import threading
 import time
@@ -13,6 +14,8 @@ from sonosco_mlflow.errors import UserError
 
 # The same for all clones of a user. Not TMPDIR, which batch systems set to a folder of its own for each job.
 LOCKS = Path("/tmp") / f"sonosco-{os.getuid()}"
+# A file in it: a name for all who see each other's locks.
+_NAME = "name"
 
 
 class HostLock:
@@ -60,8 +63,9 @@ class HostLock:
 
     def keep(self) -> None:
         """Have the file look used: the cleaners of temporary folders delete what is days old."""
-        with suppress(OSError):
-            os.utime(self._path)
+        for path in (self._path, self._path.with_name(_NAME)):
+            with suppress(OSError):
+                os.utime(path)
 
     def is_held(self) -> bool:
         """Return whether some process, this one or another, holds the lock. Never takes it."""
@@ -92,6 +96,21 @@ class HostLock:
 
     def _key(self) -> tuple[int, Path]:
         return os.getpid(), self._path
+
+
+def locks_name(folder: Path) -> str:
+    """Return a name for those who see the locks in ``folder``: two containers may share a host's name, and no lock."""
+    path = folder / _NAME
+    if not path.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(folder)
+        fresh = path.with_name(f"{_NAME}-{secrets.token_hex(8)}")
+        fresh.write_text(secrets.token_hex(8))
+        # Another process may be at it too: the first one's counts, and is whole as soon as it is there.
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+        fresh.unlink()
+    return path.read_text()
 
 
 def _require_own(folder: Path) -> None:

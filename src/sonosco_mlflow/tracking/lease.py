@@ -1,8 +1,9 @@
 """The lease of a run: no two processes train it at once, and what became of a vanished one can be told.
 
-On one machine a lock of the operating system decides, which ends with its process however that ends. Between machines
-there is only the tracking store: the process that holds the lease shows life in a tag of the run every 30 s, and a run
-whose last sign of life is two minutes old may be taken over. Then the former holder, should it live, stops::
+On one machine a lock of the operating system decides, which ends with its process however that ends. Between machines,
+and between containers that do not see each other's locks, there is only the tracking store: the process that holds the
+lease shows life in a tag of the run every 30 s, and a run whose last sign of life is two minutes old may be taken over.
+Then the former holder, should it live, stops::
 
     lease = Lease.take(run_id)   # UserError: another process is at it
     lease.start()
@@ -26,7 +27,7 @@ import mlflow
 from mlflow.entities import Run, RunTag
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.host_lock import LOCKS, HostLock
+from sonosco_mlflow.tracking.host_lock import LOCKS, HostLock, locks_name
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.tracking.tags import HEARTBEAT, HOST, OWNER, PID, STATE
 
@@ -46,12 +47,13 @@ def utc_now() -> datetime:
 class Lease:
     """The right of this process to train one run. Made by :meth:`take`."""
 
-    def __init__(self, run_id: str, lock: HostLock, host: str, now: Clock) -> None:
+    def __init__(self, run_id: str, lock: HostLock, host: str, now: Clock, locks: Path) -> None:
         self.run_id = run_id
         self._lock = lock
         self._host = host
         self._now = now
-        self._token = secrets.token_hex(8)
+        self._locks = locks
+        self._token = f"{locks_name(locks)}-{secrets.token_hex(8)}"
         self._client = mlflow.MlflowClient()
         self._process = os.getpid()
         self._ended = threading.Event()
@@ -78,7 +80,7 @@ class Lease:
                 f"run {run_id} is being trained by {lock.holder()} on this machine; wait for it, or stop it"
             )
         try:
-            lease = cls(run_id, lock, host, now)
+            lease = cls(run_id, lock, host, now, locks)
             lease._claim()
         except BaseException:
             lock.release()
@@ -89,9 +91,9 @@ class Lease:
         # Only now: what stood there before the lock was taken may be outdated.
         tags = find_run(self.run_id).data.tags
         age = _heartbeat_age(tags, self._now())
-        # On this machine the lock was free: whoever is named there has vanished. Elsewhere a process has it from
-        # taking it until it lets go, whatever the run's state says.
-        if tags.get(OWNER) and tags.get(HOST, self._host) != self._host and age < STALE:
+        # Here the lock was free: whoever is named there has vanished. Elsewhere a process has it from taking it until
+        # it lets go, whatever the run's state says.
+        if tags.get(OWNER) and not _is_here(tags, self._host, self._locks) and age < STALE:
             until = _time(self._now() + timedelta(seconds=STALE - age))
             raise UserError(
                 f"run {self.run_id} is being trained by process {tags.get(PID)} on {tags[HOST]}, which showed life "
@@ -188,11 +190,16 @@ def condition(run: Run, *, host: str | None = None, now: Clock = utc_now, locks:
     state: str = tags.get(STATE, "unknown")
     if state != "running" or HOST not in tags:
         return state
-    if tags[HOST] == (host or socket.gethostname()):
+    if _is_here(tags, host or socket.gethostname(), locks):
         lives = HostLock(run.info.run_id, locks).is_held()
     else:
         lives = _heartbeat_age(tags, now()) < STALE
     return state if lives else VANISHED
+
+
+def _is_here(tags: Mapping[str, str], host: str, locks: Path) -> bool:
+    """Return whether the holder of a run is one whose lock can be seen from here."""
+    return tags.get(HOST) == host and tags.get(OWNER, "").startswith(f"{locks_name(locks)}-")
 
 
 def _time(moment: datetime) -> str:
