@@ -18,7 +18,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The recipes that `train` was asked for, instead of a training."""
     configs: list[Config] = []
 
-    def train(config: Config, project: Path, *, prepare: bool, results: Path | None, go_on: bool) -> runs.Outcome:
+    def train(config: Config, project: Path, *, prepare: bool, **others: object) -> runs.Outcome:
         configs.append(config)
         return runs.Outcome("id", {}, [])
 

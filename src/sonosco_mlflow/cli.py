@@ -103,13 +103,16 @@ def train(
     go_on: Annotated[
         bool, typer.Option("--continue", help="Continue a run of the same recipe, code and data that was cut off.")
     ] = False,
+    until_step: Annotated[
+        int | None, typer.Option(min=1, help="Stop there as an interrupt does; `resume` continues.")
+    ] = None,
 ) -> None:
     """Train the recipe: data, training, test, all of it in one MLflow run."""
     config = _recipe(context, settings, params)
     from sonosco_mlflow.runs import train
 
     with _termination():
-        train(config, Path(), prepare=prepare, results=results, go_on=go_on)
+        train(config, Path(), prepare=prepare, results=results, go_on=go_on, until_step=until_step)
 
 
 @app.command(context_settings=RECIPE_KEYS)
@@ -151,6 +154,28 @@ def resume(
             prepare=prepare,
             results=results,
         )
+
+
+@app.command()
+def reproduce(
+    run_id: Annotated[str, typer.Argument(help="A training run.")],
+    until_step: Annotated[int | None, typer.Option(min=1, help="Stop there: a proof that costs less.")] = None,
+    env_manager: Annotated[str, typer.Option(help="uv builds the run's environment, local takes this one.")] = "uv",
+    allow_numerics_change: Allow = False,
+) -> None:
+    """Make a run again from what MLflow and DVC kept, and certify that it comes out the same, bit for bit."""
+    from sonosco_mlflow.reproduction import reproduce
+
+    certificate = reproduce(
+        run_id,
+        Path(),
+        until_step=until_step,
+        environment_manager=env_manager,
+        allow_numerics_change=allow_numerics_change,
+    )
+    typer.echo(certificate.to_markdown())
+    if not certificate.is_identical:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from sonosco_mlflow import determinism
@@ -36,6 +35,7 @@ from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
+from sonosco_mlflow.training.callbacks.interrupt_at import InterruptAt
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
 from sonosco_mlflow.training.validation import evaluate as evaluate_model
@@ -51,7 +51,13 @@ class Outcome:
 
 
 def train(
-    config: Config, project: Path, *, prepare: bool = True, results: Path | None = None, go_on: bool = False
+    config: Config,
+    project: Path,
+    *,
+    prepare: bool = True,
+    results: Path | None = None,
+    go_on: bool = False,
+    until_step: int | None = None,
 ) -> Outcome | None:
     """Train a recipe from its data to a finished run in MLflow, and print what came of it.
 
@@ -62,6 +68,7 @@ def train(
         results: folder for what DVC keeps of a run: its id, its metrics, its learning curves.
         go_on: continue the newest run of this very recipe, code and data that did not come to its end, if there is one:
             a DVC stage that was killed is run again by the same command.
+        until_step: stop after this optimizer step, as an interrupt does.
 
     Returns:
         How it ended; None where a run that is continued was finished already.
@@ -78,7 +85,7 @@ def train(
     with Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project) as experiment:
         experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
         folder = prepare_data(config, project) if prepare else ready_data(config, project)
-        return _train(experiment, config, folder, results)
+        return _train(experiment, config, folder, results, until_step)
 
 
 def resume(
@@ -122,10 +129,14 @@ def resume(
         return _train(experiment, config, folder, results)
 
 
-def _train(experiment: Experiment, config: Config, folder: DataFolder, results: Path | None) -> Outcome | None:
+def _train(
+    experiment: Experiment, config: Config, folder: DataFolder, results: Path | None, until_step: int | None = None
+) -> Outcome | None:
     loaders = build_loaders(config, folder)
     trainer = build_trainer(config, loaders)
     trainer.attach(ProgressBar())
+    if until_step is not None:
+        trainer.attach(InterruptAt(until_step))
     trainer.callbacks.append(ModelCheckpoint(**config.checkpoint.model_dump()))
     experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
     continues = experiment.is_open
@@ -163,8 +174,10 @@ def _data_of(experiment: Experiment, config: Config, project: Path) -> DataFolde
     expected = resumption.digests.get("data")
     if expected is None or "data" in resumption.allowed:
         return prepare_data(config, project)
-    explain = partial(data_difference, experiment.run.id, resumption.last.folder)
-    return restore_data(config, project, resumption.data_lock(), expected, explain)
+    last = resumption.last
+    return restore_data(
+        config, project, last.data_lock(), expected, lambda made: data_difference(last.lineage(), made.to_json())
+    )
 
 
 def bring_data(config: Config, project: Path) -> DataLineage:

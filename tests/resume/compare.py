@@ -18,6 +18,7 @@ MOST_DIFFERENCES = 8
 NOT_COMPARED = ("system/", "resume.")
 # An epoch that a resume enters in its middle has none.
 AT_MOST_ONCE = "epoch_seconds"
+HALF_UPLOADED = ".artifact.uploading."
 TAGS = ("sonosco.state", "sonosco.weights_digest", "sonosco.checkpoint", "sonosco.data_digest", "sonosco.code_digest")
 
 Facts = dict[str, str]
@@ -68,7 +69,9 @@ def _without_missing_timings(facts: Facts) -> Facts:
 
 
 def _stored_checkpoints(world: World) -> Facts:
-    return _files(world.artifacts / "checkpoints", "step-*")
+    files = _files(world.artifacts / "checkpoints", "step-*")
+    # What MLflow's own upload leaves when it is killed: MLflow shows it to nobody, and lets nobody delete it.
+    return {name: content for name, content in files.items() if f"/{HALF_UPLOADED}" not in name}
 
 
 def _run_folder(world: World) -> Facts:

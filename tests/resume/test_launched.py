@@ -2,89 +2,19 @@
 
 import json
 import shutil
-import sqlite3
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import mlflow
 import psutil
 import pytest
-from mlflow.entities import Run
 from ruamel.yaml import YAML
 
-from project import environment, make_project, run
+from project import Project, make_project, run, with_artifacts
 
 MLFLOW = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
 DVC = [sys.executable, "-m", "dvc"]
 SONOSCO = [sys.executable, "-m", "sonosco_mlflow"]
-PATIENCE = 240.0
-
-
-class Project:
-    """A project in which runs are begun, killed and continued; its store lies outside it."""
-
-    def __init__(self, folder: Path, store: Path) -> None:
-        self.folder = folder
-        self.variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{store}", "PYTHONPATH": str(folder / "src")}
-        self.client = mlflow.MlflowClient(self.variables["MLFLOW_TRACKING_URI"])
-
-    def runs(self) -> list[Run]:
-        return sorted(self.client.search_runs(["0"]), key=lambda item: int(item.info.start_time))
-
-    def trainings(self) -> list[Run]:
-        return [item for item in self.runs() if item.data.tags.get("sonosco.kind") == "train"]
-
-    def run(self, command: list[str], status: int = 0) -> str:
-        result = run(command, self.folder, status=status, variables=self.variables)
-        return result.stdout + result.stderr
-
-    def begin(self, command: list[str]) -> "subprocess.Popen[bytes]":
-        """Start ``command``, and return when the training that it begins has a checkpoint in MLflow."""
-        known = {item.info.run_id for item in self.trainings()}
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment(self.variables),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + PATIENCE
-        while process.poll() is None and time.monotonic() < deadline:
-            for item in self.trainings():
-                checkpoint = item.data.tags.get("sonosco.checkpoint", "")
-                if item.info.run_id not in known and checkpoint > "checkpoints/step-00000000":
-                    return process
-            time.sleep(0.05)
-        process.kill()
-        raise AssertionError("the training did not come to its first checkpoint")
-
-    def begin_and_kill(self, command: list[str]) -> Run:
-        """Start ``command``, and kill it with all that it started; return the run that is left."""
-        process = self.begin(command)
-        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess):
-                victim.kill()
-        process.wait()
-        left = self.trainings()[-1]
-        assert (left.info.status, left.data.tags["sonosco.state"]) == ("RUNNING", "running")
-        return left
-
-    def history(self, run_id: str, name: str) -> list[tuple[int, str]]:
-        return [(item.step, item.value.hex()) for item in self.client.get_metric_history(run_id, name)]
-
-    def assert_equal(self, found: str, expected: str) -> None:
-        """Demand that run ``found`` came to the end of run ``expected``, bit for bit."""
-        one, other = self.client.get_run(found), self.client.get_run(expected)
-        assert (one.info.status, one.data.tags["sonosco.state"]) == ("FINISHED", "finished")
-        assert one.data.tags["sonosco.segments"] == "2"
-        assert one.data.tags["sonosco.weights_digest"] == other.data.tags["sonosco.weights_digest"]
-        for name in ("train_loss", "val_loss", "val_word_error_rate", "test_loss"):
-            assert self.history(found, name) == self.history(expected, name), name
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +35,6 @@ def template(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     with_artifacts(folder)
     Project(project, folder / "mlflow.db").run([*SONOSCO, "train"])
     return folder
-
-
-def with_artifacts(folder: Path) -> None:
-    """Let artifacts lie beside the store, outside every project."""
-    with sqlite3.connect(folder / "mlflow.db") as database:
-        database.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "artifacts")])
-    database.close()
 
 
 @pytest.fixture
@@ -192,7 +115,7 @@ def test_where_dvc_alone_is_killed_its_training_lives_and_no_second_one_begins(p
     finally:
         trainer.resume()
     assert f"run {alive} is being trained by process {trainer.pid}" in said
-    trainer.wait(PATIENCE)
+    trainer.wait(240)
     assert project.client.get_run(alive).data.tags["sonosco.state"] == "finished"
 
 

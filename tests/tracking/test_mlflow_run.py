@@ -8,7 +8,7 @@ import pytest
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.journal import Row, storable
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, mark_launched_run_failed
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun, mark_launched_run_failed, metric_records
 from sonosco_mlflow.tracking.store import download, find_run
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
@@ -76,7 +76,7 @@ def test_the_records_are_all_rows_but_those_of_the_machine_and_of_resumes() -> N
     with TrackedRun.open("Default", "data") as run:
         run.log_rows([Row(1, step, 1_700_000_000_000 + step, values) for step in (1, 2)])
         run.log_metrics({"resume.verified_steps": 3.0, "system/cpu": 1.0, "systematic": 2.0}, step=2)
-        records = run.records()
+        records = metric_records(run.id)
     assert records.keys() == {*((name, step) for name in values for step in (1, 2)), ("systematic", 2)}
     for name, value in values.items():
         assert records[name, 2].value.hex() == storable(value).hex()

@@ -6,7 +6,7 @@ import pytest
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lease import Lease
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
 from sonosco_mlflow.tracking.recording import Recording
 from sonosco_mlflow.tracking.store import download
 
@@ -52,4 +52,4 @@ def test_nothing_is_delivered_to_a_run_that_belongs_to_another_process(tmp_path:
             with pytest.raises(UserError, match="taken over"):
                 deliver()
         assert run.artifacts_in("") == []
-        assert run.records() == {}
+        assert metric_records(run.id) == {}

@@ -39,6 +39,7 @@ class CodeSnapshot:
     """The code of a run.
 
     Attributes:
+        root: folder that the names in the archive start from.
         archive: bytes of a zip of all files; equal files give equal bytes.
         digest: sha256 over names, modes and contents, save the recipe's and ``dvc.lock``'s.
         patch: the difference to the commit, for ``git apply``; untracked texts are new files in it.
@@ -51,6 +52,7 @@ class CodeSnapshot:
         withheld: files that look like secrets; nothing of them is kept.
     """
 
+    root: Path
     archive: bytes
     digest: str
     patch: bytes = b""
@@ -87,7 +89,7 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
     except git.InvalidGitRepositoryError:
         root = Path(__file__).resolve().parents[1]
         packed = _Packing(root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")))
-        return CodeSnapshot(packed.archive, packed.digest)
+        return CodeSnapshot(root, packed.archive, packed.digest)
     with repository:
         root = Path(repository.working_dir)
         packed = _Packing(root, [*_listed(repository, "--cached"), *_listed(repository, "--others")])
@@ -97,6 +99,7 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
                 stacklevel=2,
             )
         return CodeSnapshot(
+            root=root,
             archive=packed.archive,
             digest=packed.digest,
             patch=_patch(repository, packed.withheld),

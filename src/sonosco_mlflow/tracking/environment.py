@@ -11,6 +11,19 @@ from pathlib import Path
 
 import torch
 
+NUMERICS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "NPY_DISABLE_CPU_FEATURES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+)
+"""Variables that change results without any change of code."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -31,6 +44,11 @@ class Environment:
         return hashlib.sha256(json.dumps([self.requirements, decisive], sort_keys=True).encode()).hexdigest()
 
     @property
+    def pins(self) -> dict[str, str]:
+        """The version of each distribution."""
+        return dict(line.split("==") for line in self.requirements.splitlines())
+
+    @property
     def decisive_system(self) -> tuple[str, ...]:
         """The entries of ``system`` that belong to the software."""
         return ("python", "machine", "variables")
@@ -47,18 +65,6 @@ def describe_environment(threads: int, canary: str, project: Path) -> Environmen
     if pinned.exists():
         names = {_normal(line.partition("==")[0]) for line in pinned.read_text(encoding="utf-8").splitlines()}
         pins = {name: version for name, version in pins.items() if name in names}
-    # These change results without any change of code.
-    numerics = (
-        "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "MKL_CBWR",
-        "MKL_ENABLE_INSTRUCTIONS",
-        "ATEN_CPU_CAPABILITY",
-        "ONEDNN_MAX_CPU_ISA",
-        "NPY_DISABLE_CPU_FEATURES",
-        "CUBLAS_WORKSPACE_CONFIG",
-        "NVIDIA_TF32_OVERRIDE",
-    )
     system: dict[str, object] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -72,7 +78,7 @@ def describe_environment(threads: int, canary: str, project: Path) -> Environmen
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": _driver(),
         "canary": canary,
-        "variables": {name: os.environ[name] for name in numerics if name in os.environ},
+        "variables": {name: os.environ[name] for name in NUMERICS if name in os.environ},
     }
     return Environment("".join(f"{name}=={version}\n" for name, version in sorted(pins.items())), system)
 

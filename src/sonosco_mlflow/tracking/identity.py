@@ -8,16 +8,14 @@ differs, unless it was allowed by name; then the run records it.
 import hashlib
 import io
 import json
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+from sonosco_mlflow.config import decisive
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot
 from sonosco_mlflow.tracking.environment import Environment
-from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.store import download
+from sonosco_mlflow.tracking.segments import Segment
+from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, CONFIG_DIGEST, DATA_DIGEST, ENVIRONMENT_DIGEST
 
 # The digests in a checkpoint, each with the change that allows another.
 CHANGE_OF = {
@@ -79,60 +77,72 @@ def _explained(explain: Callable[[], str]) -> str:
         return f"it is another one; how it differs is not known ({error})"
 
 
+def inputs_difference(
+    one: Segment, its_tags: Mapping[str, str], other: Segment, others_tags: Mapping[str, str]
+) -> dict[str, str]:
+    """Return which recorded inputs of two runs differ, by name, and how.
+
+    Args:
+        one: a segment of a run.
+        its_tags: the digests of that run, as tags.
+        other: a segment of another.
+        others_tags: the digests of that one.
+    """
+    explain: dict[str, Callable[[], str]] = {
+        "code": lambda: code_difference(one.archive(), other.archive()),
+        "config": lambda: config_difference(decisive(one.settings()), decisive(other.settings())),
+        "data": lambda: data_difference(one.lineage(), other.lineage()),
+        "environment": lambda: environment_difference(one.environment(), other.environment()),
+        "canary": lambda: numerics_difference(one.environment(), other.environment()),
+    }
+    tags = dict(zip(explain, (CODE_DIGEST, CONFIG_DIGEST, DATA_DIGEST, ENVIRONMENT_DIGEST, CANARY), strict=True))
+    return {name: _explained(explain[name]) for name, tag in tags.items() if its_tags.get(tag) != others_tags.get(tag)}
+
+
 def config_difference(recorded: Mapping[str, object], present: Mapping[str, object]) -> str:
     """Say which keys of two flat recipes differ."""
     keys = [key for key in {**recorded, **present} if recorded.get(key) != present.get(key)]
     return _listed([f"{key} was {recorded.get(key)!r}, is {present.get(key)!r}" for key in keys]) or (
-        "the recipe that the run kept is not the one that its checkpoint belongs to"
+        "the recipe that the run kept is not the one whose digest it recorded"
     )
 
 
-def code_difference(run_id: str, folder: str, present: CodeSnapshot) -> str:
-    """Say which files differ from those of the snapshot in artifact folder ``folder``."""
-    recorded = _files(_artifact(run_id, f"{folder}code/snapshot.zip"))
-    names = _unequal(recorded, _files(present.archive))
+def code_difference(recorded: bytes, present: bytes) -> str:
+    """Say which files differ between two snapshots."""
+    names = _unequal(_files(recorded), _files(present))
     return f"{len(names)} files differ: {_listed(names)}"
 
 
-def data_difference(run_id: str, folder: str, present: DataLineage) -> str:
-    """Say which parts of the data differ from those in artifact folder ``folder``."""
-    recorded = json.loads(_artifact(run_id, f"{folder}data/lineage.json"))
-    here = json.loads(present.to_json())
-    was, now = recorded["manifests"], here["manifests"]
+def data_difference(recorded: str, present: str) -> str:
+    """Say which parts differ between two lineages (:meth:`DataLineage.to_json`)."""
+    before, here = json.loads(recorded), json.loads(present)
+    was, now = before["manifests"], here["manifests"]
     parts = [
         f"the {split} manifest ({now.get(split, 'none')[:12]}, was {was.get(split, 'none')[:12]})"
         for split in _unequal(was, now)
     ]
-    parts += [f"{path} of DVC" for path in _unequal(recorded["dvc"], here["dvc"])]
+    parts += [f"{path} of DVC" for path in _unequal(before["dvc"], here["dvc"])]
     return _listed(parts) or "the data differs in its vocabulary"
 
 
-def environment_difference(run_id: str, folder: str, present: Environment) -> str:
-    """Say which distributions and settings differ from those in artifact folder ``folder``."""
-    requirements = _artifact(run_id, f"{folder}environment/requirements.txt").decode()
-    pins = dict(line.split("==") for line in requirements.splitlines())
-    here = dict(line.split("==") for line in present.requirements.splitlines())
-    system = json.loads(_artifact(run_id, f"{folder}environment/system.json"))
+def environment_difference(recorded: Environment, present: Environment) -> str:
+    """Say which distributions and settings differ."""
+    pins, here = recorded.pins, present.pins
     names = [f"{name} {pins.get(name, 'none')} -> {here.get(name, 'none')}" for name in _unequal(pins, here)]
     names += [
-        f"{name} {system.get(name)} -> {present.system.get(name)}"
+        f"{name} {recorded.system.get(name)} -> {present.system.get(name)}"
         for name in present.decisive_system
-        if system.get(name) != present.system.get(name)
+        if recorded.system.get(name) != present.system.get(name)
     ]
     return _listed(names)
 
 
-def numerics_difference(run_id: str, folder: str, present: Environment) -> str:
+def numerics_difference(recorded: Environment, present: Environment) -> str:
     """Say what may have changed the results of the same operations."""
-    system = json.loads(_artifact(run_id, f"{folder}environment/system.json"))
-    names = [name for name in ("processor", "capability", "threads") if system.get(name) != present.system.get(name)]
-    reasons = [f"{name} was {system.get(name)}, is {present.system.get(name)}" for name in names]
+    was, now = recorded.system, present.system
+    names = [name for name in ("processor", "capability", "threads") if was.get(name) != now.get(name)]
+    reasons = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
     return "the same operations give other bits here; " + (_listed(reasons) or "the processor and threads are the same")
-
-
-def _artifact(run_id: str, name: str) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        return download(run_id, name, Path(scratch)).read_bytes()
 
 
 def _files(archive: bytes) -> dict[str, str]:

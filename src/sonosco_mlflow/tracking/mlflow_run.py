@@ -130,6 +130,10 @@ class TrackedRun:
         """Set the run's description, shown by the UI as Markdown."""
         self.set_tags({MLFLOW_RUN_NOTE: markdown})
 
+    def rename(self, name: str) -> None:
+        """Give the run another name in the UI; a short piece of its id is added."""
+        self.set_tags({MLFLOW_RUN_NAME: f"{name}-{self.id[:6]}"})
+
     def make_child_of(self, parent: str) -> None:
         """Nest this run below run ``parent`` in the UI."""
         self.set_tags({MLFLOW_PARENT_RUN_ID: parent})
@@ -157,15 +161,6 @@ class TrackedRun:
         metrics = [Metric(name, value, row.timestamp, row.step) for row in rows for name, value in row.metrics.items()]
         for first in range(0, len(metrics), LARGEST_BATCH):
             self._client.log_batch(self.id, metrics=metrics[first : first + LARGEST_BATCH])
-
-    def records(self) -> Records:
-        """Return every metric that the store holds of this run, by name and step; MLflow's own of the machine aside."""
-        found = {}
-        for name in self._client.get_run(self.id).data.metrics:
-            if not name.startswith(RESERVED):
-                for item in self._client.get_metric_history(self.id, name):
-                    found[name, item.step] = Recorded(item.value, item.timestamp)
-        return found
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics now."""
@@ -259,6 +254,29 @@ class TrackedRun:
         if self._record is not None:
             self._client.set_terminated(self._record, STATUS[state])
             self._client.set_tag(self._record, STATE, state)
+
+
+def new_run(experiment_id: str, tags: Mapping[str, str], parent: str) -> str:
+    """Return the id of a run below run ``parent``, for another process to open by ``MLFLOW_RUN_ID``.
+
+    It is the one that MLflow's launcher made for this process, or else a new one.
+    """
+    client = mlflow.MlflowClient()
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None) or client.create_run(experiment_id).info.run_id
+    for key, value in {**tags, MLFLOW_PARENT_RUN_ID: parent}.items():
+        client.set_tag(run_id, key, value)
+    return str(run_id)
+
+
+def metric_records(run_id: str) -> Records:
+    """Return every metric that the store holds of a run, by name and step; MLflow's own of the machine aside."""
+    client = mlflow.MlflowClient()
+    return {
+        (name, item.step): Recorded(item.value, item.timestamp)
+        for name in client.get_run(run_id).data.metrics
+        if not name.startswith(RESERVED)
+        for item in client.get_metric_history(run_id, name)
+    }
 
 
 def mark_launched_run_failed(message: str) -> None:

@@ -1,8 +1,10 @@
 """Where a run comes from: its code, its environment and its recipe, together."""
 
 import json
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -14,8 +16,58 @@ from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
 from sonosco_mlflow.tracking.environment import Environment, describe_environment
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.secrecy import without_credentials
 from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, COMMIT, CONFIG_DIGEST, DIRTY, ENVIRONMENT_DIGEST
 from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+@dataclass(frozen=True)
+class Command:
+    """How a process was started, without credentials; places are relative to the repository.
+
+    Attributes:
+        arguments: of the interpreter.
+        folder: where it was started.
+        path: folders of the repository in ``PYTHONPATH``.
+        trains_recipe: whether it trains a recipe, as ``sonosco train`` does, rather than what a program of the user's
+            sets up.
+    """
+
+    arguments: tuple[str, ...]
+    folder: str
+    path: tuple[str, ...]
+    trains_recipe: bool
+
+    @classmethod
+    def of_this_process(cls, root: Path, *, trains_recipe: bool) -> Self:
+        """Describe this process; ``root`` is the repository's folder."""
+        root = root.resolve()
+        path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        return cls(
+            arguments=tuple(_portable(argument, root) for argument in sys.orig_argv[1:]),
+            folder=os.path.relpath(Path.cwd(), root),
+            path=tuple(os.path.relpath(entry, root) for entry in path if Path(entry).resolve().is_relative_to(root)),
+            trains_recipe=trains_recipe,
+        )
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Read what :meth:`to_json` returned."""
+        content = json.loads(text)
+        return cls(
+            tuple(content["arguments"]), content["folder"], tuple(content["path"]), bool(content["trains_recipe"])
+        )
+
+    def to_json(self) -> str:
+        """Return the command as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def _portable(argument: str, root: Path) -> str:
+    path = Path(argument)
+    if path.is_absolute() and path.is_relative_to(root):
+        return os.path.relpath(path, Path.cwd())
+    return without_credentials(argument) if "://" in argument else argument
 
 
 @dataclass(frozen=True)
@@ -24,6 +76,7 @@ class Origin:
 
     Attributes:
         code: the snapshot of the repository.
+        command: how the process was started.
         environment: distributions, machine, threads, canary.
         settings: the recipe, or the user's own settings, nested.
     """
@@ -31,15 +84,18 @@ class Origin:
     code: CodeSnapshot
     environment: Environment
     settings: Mapping[str, object]
+    command: Command
 
     @classmethod
     def take(cls, config: Config | Mapping[str, object], project: Path) -> Self:
         """Describe what is here now; the number of threads and all else that the canary shows must be set."""
         settings = config.model_dump(mode="json") if isinstance(config, Config) else config
+        code = snapshot_code(project)
         return cls(
-            code=snapshot_code(project),
+            code=code,
             environment=describe_environment(torch.get_num_threads(), canary(), project),
             settings=settings,
+            command=Command.of_this_process(code.root, trains_recipe=isinstance(config, Config)),
         )
 
     @property
@@ -69,6 +125,7 @@ class Origin:
         run.log_bytes(self.code.archive, f"{folder}code/snapshot.zip")
         run.log_bytes(self.code.patch, f"{folder}code/uncommitted.patch")
         run.log_text(self.code.git_json(), f"{folder}code/git.json")
+        run.log_text(self.command.to_json(), f"{folder}code/command.json")
         run.log_text(self.environment.requirements, f"{folder}environment/requirements.txt")
         run.log_text(json.dumps(self.environment.system, indent=1) + "\n", f"{folder}environment/system.json")
         self.log_recipe(run, folder)

@@ -184,6 +184,30 @@ def _share_settings(workspace: Path, project: Path) -> None:
                 settings["cache"].setdefault("dir", str(project / ".dvc" / "cache"))
 
 
+def borrow_settings(workspace: Path, project: Path) -> None:
+    """Let ``workspace``, whose settings are under version control, use the cache and the remotes of ``project``."""
+    from dvc.config import Config as Settings
+
+    shared = Settings(str(project / ".dvc"))
+    path = workspace / ".dvc" / Settings.CONFIG_LOCAL
+    path.touch(mode=0o600)
+    with Settings(str(workspace / ".dvc")).edit("local") as settings:
+        for level in ("repo", "local"):
+            for section in ("cache", "remote", "core"):
+                settings[section].update(shared.read(level).get(section, {}))
+        settings["cache"].setdefault("dir", str(project / ".dvc" / "cache"))
+
+
+def fetch_data(workspace: Path) -> Iterator[None]:
+    """Bring the outputs that ``dvc.lock`` names, from the cache, then from each remote; yields after every attempt."""
+    # What one misses, the next may find. By force: nothing in a workspace of ours is the user's.
+    pulls = [["pull", "--force", "--remote", remote] for remote in remotes(workspace)]
+    for command in (["checkout", "--force"], *pulls):
+        print(f"bringing the data of the run: dvc {' '.join(command)}", file=sys.stderr, flush=True)
+        dvc(workspace, *command, *DATA_STAGES)
+        yield
+
+
 def remotes(workspace: Path) -> list[str]:
     """Return the names of DVC's remotes that may have data: the default one, or else all."""
     from dvc.config import Config as Settings

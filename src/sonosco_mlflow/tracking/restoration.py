@@ -5,7 +5,6 @@ into a DVC workspace of its own, named after the digest, which no other data rep
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import (
-    DATA_STAGES,
     dvc,
+    fetch_data,
     make_private,
     ready_data,
-    remotes,
     reproduce,
     require_pipeline,
     require_source,
@@ -64,9 +62,7 @@ def restore_data(
         make_private(workspace, config, project)
         if lock is not None:
             (workspace / "dvc.lock").write_text(lock, encoding="utf-8")
-            for command in _fetching_commands(workspace):
-                print(f"bringing the data of the run: dvc {' '.join(command)}", file=sys.stderr, flush=True)
-                dvc(workspace, *command, *DATA_STAGES)
+            for _ in fetch_data(workspace):
                 if _holds(folder, expected):
                     return folder
         _make_again(workspace, config, project)
@@ -79,11 +75,6 @@ def restore_data(
             "or the code and the source of then"
         )
     return folder
-
-
-def _fetching_commands(workspace: Path) -> list[list[str]]:
-    # What one misses, the next may find. By force: nothing in a private workspace is the user's.
-    return [["checkout", "--force"], *(["pull", "--force", "--remote", remote] for remote in remotes(workspace))]
 
 
 def _make_again(workspace: Path, config: Config, project: Path) -> None:

@@ -1,6 +1,5 @@
 """A run that is to go on: what it kept, what its state belongs to, and whether what is here is still that."""
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +17,10 @@ from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
 from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, read_rows
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.segments import BRANCH, Segment, newest_segment
-from sonosco_mlflow.tracking.store import artifact_names, download, find_run
+from sonosco_mlflow.tracking.store import download, find_run
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
@@ -30,6 +29,7 @@ from sonosco_mlflow.tracking.tags import (
     ENVIRONMENT_DIGEST,
     FOLDER,
     KIND,
+    REPRODUCES,
     STATE,
 )
 
@@ -123,22 +123,21 @@ class Resumption:
         Raises:
             UserError: something differs and is not allowed.
         """
-        run_id = self.tracked.id
-        folder = self.last.folder
+        last = self.last
         self.changes = identity.check_identity(
-            run_id,
+            self.tracked.id,
             self.digests,
             {**origin.digests, **data},
             self.allowed,
             {
                 "config": lambda: identity.config_difference(decisive(self.settings), decisive(origin.settings)),
-                "code": lambda: identity.code_difference(run_id, folder, origin.code),
-                "data": lambda: identity.data_difference(run_id, folder, lineage),
+                "code": lambda: identity.code_difference(last.archive(), origin.code.archive),
+                "data": lambda: identity.data_difference(last.lineage(), lineage.to_json()),
                 "vocabulary": lambda: "the tokenizer has another vocabulary",
                 "batches": lambda: "the training loader makes other batches (its seed, its size, or the data)",
-                "environment": lambda: identity.environment_difference(run_id, folder, origin.environment),
+                "environment": lambda: identity.environment_difference(last.environment(), origin.environment),
                 "threads": lambda: f"was {self.threads}, is {origin.environment.system['threads']}",
-                "canary": lambda: identity.numerics_difference(run_id, folder, origin.environment),
+                "canary": lambda: identity.numerics_difference(last.environment(), origin.environment),
             },
         )
         self.altered = frozenset({*self.changes, *self.last.changes_since(self.checkpoint)})
@@ -175,14 +174,6 @@ class Resumption:
             return read_rows(download(self.tracked.id, JOURNAL, scratch))
         return read_rows(self.folder / JOURNAL)
 
-    def data_lock(self) -> str | None:
-        """Return the ``dvc.lock`` that the newest segment kept, or None."""
-        folder = f"{self.last.folder}data"
-        if "dvc.lock" not in artifact_names(self.tracked.id, folder):
-            return None
-        with tempfile.TemporaryDirectory() as scratch:
-            return download(self.tracked.id, f"{folder}/dvc.lock", Path(scratch)).read_text(encoding="utf-8")
-
     def next_segment(self) -> Segment:
         """Return the segment that this process is about to be."""
         recorded = max((step for _, step in self.records), default=-1)
@@ -191,7 +182,7 @@ class Resumption:
     @cached_property
     def records(self) -> Records:
         """What the tracking store holds of the run's metrics."""
-        return self.tracked.records()
+        return metric_records(self.tracked.id)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -216,7 +207,9 @@ def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | 
     same_recipe = f"tags.`{KIND}` = 'train' and tags.`{CONFIG_DIGEST}` = '{expected[CONFIG_DIGEST]}'"
     for run in mlflow.MlflowClient().search_runs([known.experiment_id], same_recipe):
         tags = run.data.tags
+        if tags.get(STATE) == "finished" or REPRODUCES in tags:
+            continue
         # A run that was killed early has no data yet.
-        if tags.get(STATE) != "finished" and all(tags.get(name, value) == value for name, value in expected.items()):
+        if all(tags.get(name, value) == value for name, value in expected.items()):
             return str(run.info.run_id)
     return None

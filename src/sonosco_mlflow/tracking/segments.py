@@ -15,11 +15,9 @@ branch, and each segment lists all branches so far::
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Run
@@ -28,7 +26,8 @@ from ruamel.yaml.error import YAMLError
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import Checkpoint, position_of
-from sonosco_mlflow.tracking.store import artifact_names, download
+from sonosco_mlflow.tracking.environment import Environment
+from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names
 from sonosco_mlflow.tracking.tags import SEGMENTS
 
 RECORD = "segment.json"
@@ -107,12 +106,37 @@ class Segment:
             UserError: the run kept none, or one that cannot be read.
         """
         name = f"{self.folder}config/params.yaml"
-        with tempfile.TemporaryDirectory() as scratch:
-            text = download(self.run_id, name, Path(scratch)).read_text(encoding="utf-8")
         try:
-            return dict(YAML(typ="safe").load(text) or {})
+            return dict(YAML(typ="safe").load(self._kept("config/params.yaml")) or {})
         except (YAMLError, TypeError, ValueError) as error:
             raise UserError(f"runs:/{self.run_id}/{name}: not a recipe ({error})") from error
+
+    def archive(self) -> bytes:
+        """Return the snapshot of its code."""
+        return self._kept("code/snapshot.zip")
+
+    def git(self) -> str:
+        """Return the facts beside its code, as JSON."""
+        return self._kept("code/git.json").decode()
+
+    def command(self) -> str:
+        """Return how it was started, as JSON."""
+        return self._kept("code/command.json").decode()
+
+    def environment(self) -> Environment:
+        """Return what it ran in."""
+        system = json.loads(self._kept("environment/system.json"))
+        return Environment(self._kept("environment/requirements.txt").decode(), system)
+
+    def lineage(self) -> str:
+        """Return where its data came from, as JSON."""
+        return self._kept("data/lineage.json").decode()
+
+    def data_lock(self) -> str | None:
+        """Return the ``dvc.lock`` of its data, or None."""
+        if "dvc.lock" not in artifact_names(self.run_id, f"{self.folder}data"):
+            return None
+        return self._kept("data/dvc.lock").decode()
 
     def record(self, checkpoint: Checkpoint | None) -> str:
         """Return ``segment.json`` of the segment that goes on from ``checkpoint`` in this process."""
@@ -134,6 +158,9 @@ class Segment:
         }
         return json.dumps(content, indent=1) + "\n"
 
+    def _kept(self, name: str) -> bytes:
+        return artifact_bytes(self.run_id, f"{self.folder}{name}")
+
     def _since(self, checkpoint: Checkpoint | None) -> list[Branch]:
         known = 0 if checkpoint is None else int(checkpoint.digests.get(BRANCH, "1"))
         return [branch for branch in self.branches if branch.segment > known]
@@ -149,13 +176,12 @@ def newest_segment(run: Run) -> Segment:
     for number in range(int(run.data.tags.get(SEGMENTS, "1")), 1, -1):
         folder = Segment(run_id, number).folder
         if RECORD in artifact_names(run_id, folder.rstrip("/")):
-            with tempfile.TemporaryDirectory() as scratch:
-                text = download(run_id, f"{folder}{RECORD}", Path(scratch)).read_text(encoding="utf-8")
-            return Segment(run_id, number, _branches(text, f"runs:/{run_id}/{folder}{RECORD}"))
+            record = artifact_bytes(run_id, f"{folder}{RECORD}")
+            return Segment(run_id, number, _branches(record, f"runs:/{run_id}/{folder}{RECORD}"))
     return Segment(run_id)
 
 
-def _branches(text: str, place: str) -> tuple[Branch, ...]:
+def _branches(record: bytes, place: str) -> tuple[Branch, ...]:
     try:
         return tuple(
             Branch(
@@ -164,7 +190,7 @@ def _branches(text: str, place: str) -> tuple[Branch, ...]:
                 {str(name): (str(change["was"]), str(change["is"])) for name, change in item["changes"].items()},
                 int(item["recorded"]),
             )
-            for item in json.loads(text)["branches"]
+            for item in json.loads(record)["branches"]
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: not the record of a segment ({error!r})") from error

@@ -6,6 +6,7 @@ It is MLflow's own default, or what ``MLFLOW_TRACKING_URI`` names; never one of 
 import logging
 import os
 import re
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
@@ -107,6 +108,16 @@ def experiment_name(run: Run) -> str:
 def artifact_names(run_id: str, folder: str) -> list[str]:
     """Return the names of what stands in an artifact folder of a run; none where there is no such folder."""
     return [item.path.rpartition("/")[2] for item in mlflow.MlflowClient().list_artifacts(run_id, folder)]
+
+
+def artifact_bytes(run_id: str, name: str) -> bytes:
+    """Return the content of an artifact of a run, a file.
+
+    Raises:
+        UserError: the run has no such artifact.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return download(run_id, name, Path(scratch)).read_bytes()
 
 
 def download(run_id: str, artifact: str, folder: Path) -> Path:

@@ -1,0 +1,183 @@
+"""A project as it was when a run began: its code, recipe, data and environment, in a folder of their own.
+
+Nothing of the project that it is rebuilt for is changed; DVC's cache and remotes are borrowed from it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import git
+
+from sonosco_mlflow.config import settings_yaml
+from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import unpack
+from sonosco_mlflow.tracking.environment import NUMERICS, Environment
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.origin import Command
+from sonosco_mlflow.tracking.pipeline import borrow_settings, fetch_data
+from sonosco_mlflow.tracking.segments import Segment
+
+ENVIRONMENT_MANAGERS = ("uv", "local")
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a run began with.
+
+    Attributes:
+        tree: the repository as it was.
+        python: an interpreter in the environment of then.
+        environment: the environment that the run recorded.
+        command: how the run was started.
+        has_data: whether the data of the run lies in its ``data``.
+    """
+
+    tree: Path
+    python: Path
+    environment: Environment
+    command: Command
+    has_data: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where the run was started."""
+        return self.tree / self.command.folder
+
+    def variables(self) -> dict[str, str]:
+        """Return the variables of a process that is to compute as the run did."""
+        kept = {name: value for name, value in os.environ.items() if name not in NUMERICS}
+        recorded = self.environment.system["variables"]
+        assert isinstance(recorded, dict)
+        # The project's own copy of this package, where it has one, as the run had it.
+        own = self.folder / "src"
+        package = own if (own / "sonosco_mlflow").is_dir() else Path(__file__).resolve().parents[2]
+        path = [str(package), *(str(self.tree / name) for name in self.command.path)]
+        return {
+            **kept,
+            **recorded,
+            "PYTHONPATH": os.pathsep.join(path),
+            "PATH": os.pathsep.join([str(self.python.parent), os.environ.get("PATH", os.defpath)]),
+        }
+
+    def run(self, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> int:
+        """Run the interpreter with ``arguments`` where the run was started, and return its exit status."""
+        return self._process(arguments, variables).returncode
+
+    def _process(
+        self, arguments: Sequence[str], variables: Mapping[str, str] | None = None, output: int | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [str(self.python), *arguments],
+            cwd=self.folder,
+            env={**self.variables(), **(variables or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            text=True,
+            check=False,
+        )
+
+    def canary(self) -> str:
+        """Return what the arithmetic of this machine gives in the environment of the run."""
+        threads = self.environment.system["threads"]
+        program = (
+            f"from sonosco_mlflow.determinism import configure; configure({threads}); "
+            "from sonosco_mlflow.canary import canary; print(canary())"
+        )
+        ended = self._process(["-c", program], output=subprocess.PIPE)
+        if ended.returncode != 0:
+            raise UserError(f"the run's code cannot be run here: its canary ended with status {ended.returncode}")
+        return str(ended.stdout).strip()
+
+
+def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expected_data: str | None) -> Rebuilt:
+    """Rebuild in ``folder`` what the first segment of a run began with.
+
+    Args:
+        segment: the segment.
+        project: a project whose DVC cache and remotes may have the data.
+        folder: an empty folder.
+        manager: ``uv`` builds the recorded environment, ``local`` takes this process's.
+        expected_data: digest of the run's data, or None where it kept none.
+
+    Raises:
+        UserError: something of it is not to be had.
+    """
+    tree = folder / "project"
+    command = Command.read(segment.command())
+    place = tree / command.folder
+    _restore_code(segment, project.resolve(), tree)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "params.yaml").write_text(settings_yaml(segment.settings()), encoding="utf-8")
+    environment = segment.environment()
+    python = Path(sys.executable) if manager == "local" else _build_environment(environment, folder / "environment")
+    has_data = _restore_data(segment, project.resolve(), place, expected_data)
+    return Rebuilt(tree, python, environment, command, has_data)
+
+
+def _restore_code(segment: Segment, project: Path, tree: Path) -> None:
+    unpack(segment.archive(), tree)
+    facts = json.loads(segment.git())
+    for name, digest in facts["left_out"].items():
+        source = project / name
+        if not source.is_file() or _digest(source) != digest:
+            raise UserError(
+                f"{name} was too large for the run's code snapshot, and {source} is not that file (sha256 "
+                f"{digest[:12]}...); put it there"
+            )
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tree / name)
+    with git.Repo.init(tree) as repository:
+        # By force: of what the run's repository tracked, some may match a pattern of what is to be ignored.
+        repository.git.add("--all", "--force")
+
+
+def _restore_data(segment: Segment, project: Path, place: Path, expected: str | None) -> bool:
+    lock = segment.data_lock()
+    if lock is not None:
+        (place / "dvc.lock").write_text(lock, encoding="utf-8")
+    needed = (place / "dvc.yaml", place / "dvc.lock", place / ".dvc", project / ".dvc")
+    if not all(path.exists() for path in needed):
+        return False
+    borrow_settings(place, project)
+    # Where the run's data is not known by DVC's digests, what its ``dvc.lock`` names is all that can be had.
+    return any(lock is None or _digest_of(DataFolder(place / "data")) == expected for _ in fetch_data(place))
+
+
+def _digest_of(folder: DataFolder) -> str | None:
+    try:
+        return DataLineage.of_folder(folder).digest
+    except (UserError, OSError):
+        return None
+
+
+def _build_environment(environment: Environment, folder: Path) -> Path:
+    from uv import find_uv_bin
+
+    folder.mkdir(parents=True)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(environment.requirements, encoding="utf-8")
+    python = folder / "bin" / "python"
+    for arguments in (
+        ["venv", "--quiet", "--allow-existing", "--python", str(environment.system["python"]), str(folder)],
+        ["pip", "install", "--quiet", "--python", str(python), "--requirement", str(requirements)],
+    ):
+        ended = subprocess.run([find_uv_bin(), *arguments], stderr=subprocess.PIPE, text=True, check=False)
+        if ended.returncode != 0:
+            raise UserError(
+                f"the environment of the run cannot be built: uv {arguments[0]} says: {ended.stderr.strip()[-500:]}\n"
+                "--env-manager local takes the environment that you are in"
+            )
+    return python
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
