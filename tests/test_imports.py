@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 STOREYS = [
     *("errors", "config", "console", "text", "background", "serialization", "determinism", "canary", "data"),
     *("decoding", "models", "metrics", "training", "testing", "tracking", "evaluation", "serving", "reporting"),
-    *("experiment", "recipe", "runs", "reproduction", "cli", "__main__"),
+    *("experiment", "recipe", "runs", "reproduction", "overview", "cli", "__main__"),
 ]
 
 # Where each of these may be imported; whatever is not listed here may be used anywhere.

@@ -179,6 +179,19 @@ def reproduce(
 
 
 @app.command()
+def show(
+    run_id: Annotated[str | None, typer.Argument(help="A training run; without one, all of them.")] = None,
+) -> None:
+    """Show what runs there are, or what one of them is and how to go on with it."""
+    from sonosco_mlflow.overview import show_run, show_runs
+
+    if run_id is None:
+        show_runs(Path())
+    else:
+        show_run(run_id, Path())
+
+
+@app.command()
 def evaluate(
     run_id: Annotated[str | None, typer.Argument(help="A finished training run.")] = None,
     run_file: Annotated[Path | None, typer.Option(help="File that names the run, as the train stage wrote it.")] = None,

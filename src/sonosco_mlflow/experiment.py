@@ -30,6 +30,7 @@ from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
+from sonosco_mlflow.tracking.description import describe_run
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -37,7 +38,7 @@ from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.resumption import Resumption
 from sonosco_mlflow.tracking.segments import BRANCH, RECORD, Segment
-from sonosco_mlflow.tracking.store import connect
+from sonosco_mlflow.tracking.store import connect, find_run
 from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
@@ -322,6 +323,7 @@ class Experiment:
         self.run.set_tags(self._lineage.tags())
         self._lineage.log(self.run)
         self.run.adopt_data_runs(self._lineage.digest)
+        self.run.describe(describe_run(find_run(self.run.id), "running"))
 
     def _log_segment(self, resumption: Resumption, segment: Segment) -> None:
         """Log what a segment goes on from; its record last, which says that the rest is there."""
@@ -335,6 +337,7 @@ class Experiment:
         if changed:
             self.run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})
         self.run.adopt_data_runs(self._lineage.digest)
+        self.run.describe(describe_run(find_run(self.run.id), "running"))
 
     def _finish(self, trainer: ModelTrainer) -> None:
         if self._test_loader is not None:
@@ -345,7 +348,7 @@ class Experiment:
         self.opened.recording.finish(PATIENCE_AT_END)
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
-        log_results(self.run, trainer, self.history, self.test, self._test_loader, self._lineage)
+        log_results(self.run, trainer, self.history, self.test, self._test_loader)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

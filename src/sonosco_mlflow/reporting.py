@@ -1,4 +1,4 @@
-"""What a finished run shows in MLflow: its description, tables, pictures, and the model ready to transcribe."""
+"""What a finished run shows in MLflow: tables, pictures, and the model ready to transcribe."""
 
 import tempfile
 from pathlib import Path
@@ -9,13 +9,11 @@ from sonosco_mlflow.evaluation import (
     alignment_picture,
     learning_curves,
     mel_spectrogram,
-    metrics_table,
     utterance_results,
 )
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.serving.logging import log_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
-from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.trainer import ModelTrainer
@@ -28,10 +26,8 @@ def log_results(
     history: History,
     test: Validation | None,
     test_loader: AudioDataLoader | None,
-    lineage: DataLineage,
 ) -> None:
     """Log to ``run`` everything that a reader wants to see of a training that has ended."""
-    _describe(run, trainer, test, lineage)
     for name, validation in (("validation", trainer.validation), ("test", test)):
         if validation is not None and validation.hypotheses:
             results = utterance_results(validation)
@@ -46,17 +42,6 @@ def log_results(
             picture = alignment_picture(trainer.model, loader.tokenizer, sample)
             run.log_bytes(picture, "evaluation/alignment.png")
     _log_model(trainer)
-
-
-def _describe(run: TrackedRun, trainer: ModelTrainer, test: Validation | None, lineage: DataLineage) -> None:
-    validations = [result.metrics for result in (trainer.validation, test) if result is not None]
-    metrics = {name: value for result in validations for name, value in result.items()}
-    progress = trainer.progress
-    run.describe(
-        f"{type(trainer.model).__name__}, {progress.step} steps in {progress.epoch} epochs.\n\n"
-        f"{metrics_table(metrics)}\n{lineage.to_markdown()}\n"
-        f"Derive the test numbers again: `sonosco evaluate {run.id}`\n"
-    )
 
 
 def _log_model(trainer: ModelTrainer) -> None:

@@ -12,9 +12,11 @@ from signal import SIGINT
 
 from sonosco_mlflow.console import console_log
 from sonosco_mlflow.errors import UserError, describe_failure
+from sonosco_mlflow.tracking.description import describe_run
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.recording import Recording
+from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.training.interruption import LeaveAtOnce, deferred_interrupts
 
 PATIENCE_AT_STOP = 30.0
@@ -121,6 +123,7 @@ class OpenRun:
 
     def _end(self, state: str, message: str = "") -> None:
         try:
+            self.run.describe(describe_run(find_run(self.run.id), state, message))
             self.run.end(state, message)
         except Exception as error:
             if state == "finished":

@@ -1,0 +1,175 @@
+"""What a run is, for a reader: the same text in the UI and in the terminal."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.checkpoint import position_of
+from sonosco_mlflow.tracking.journal import RESERVED
+from sonosco_mlflow.tracking.lease import VANISHED, condition
+from sonosco_mlflow.tracking.lineage import counts_table
+from sonosco_mlflow.tracking.mlflow_run import PARAMETER_PREFIX
+from sonosco_mlflow.tracking.segments import newest_segment
+from sonosco_mlflow.tracking.tags import (
+    ALLOWED_CHANGES,
+    CHECKPOINT,
+    COMMIT,
+    DIRTY,
+    ERROR,
+    HEARTBEAT,
+    HOST,
+    KIND,
+    REPRODUCED,
+    REPRODUCED_BY,
+    REPRODUCES,
+    SEGMENTS,
+    WEIGHTS_DIGEST,
+)
+from sonosco_mlflow.training.callbacks.base import is_timing
+
+TELLING = ("model.name", "model.preset", "data.corpus", "training.epochs", "training.seed", "optimizer.lr")
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A run in a list of runs.
+
+    Attributes:
+        run_id: its id.
+        name: how the UI calls it.
+        state: what it is in truth.
+        begun: when.
+        step: optimizer step of its newest checkpoint in MLflow, or None before the first.
+        metrics: its last ones.
+    """
+
+    run_id: str
+    name: str
+    state: str
+    begun: datetime
+    step: int | None
+    metrics: Mapping[str, float]
+
+    @classmethod
+    def of(cls, run: Run) -> "RunLine":
+        """Return the line of ``run``."""
+        position = position_of(run.data.tags.get(CHECKPOINT, "").rpartition("/")[2])
+        return cls(
+            run_id=run.info.run_id,
+            name=run.data.tags.get(MLFLOW_RUN_NAME, ""),
+            state=condition(run),
+            begun=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+            step=None if position is None else position[0],
+            metrics=run.data.metrics,
+        )
+
+
+def describe_run(run: Run, state: str | None = None, error: str = "") -> str:
+    """Return what a run is, on what, how it went and how to go on with it, as Markdown.
+
+    Args:
+        run: a training run.
+        state: what it is about to be: ``running``, ``finished``, ``interrupted`` or ``failed``; by default what it is.
+        error: why it failed, where no tag says it yet.
+    """
+    line = RunLine.of(run)
+    state = state or line.state
+    error = error or run.data.tags.get(ERROR, "")
+    parts = [
+        _headline(run, line, state),
+        f"Error: {error}\n" if error else "",
+        _facts(run),
+        _results(run),
+        _data(run),
+        _commands(run, state),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def list_trainings() -> list[RunLine]:
+    """Return the trainings of all experiments, the newest first."""
+    client = mlflow.MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`{KIND}` = 'train'", order_by=["attributes.start_time DESC"])
+    return [RunLine.of(run) for run in runs]
+
+
+def _headline(run: Run, line: RunLine, state: str) -> str:
+    tags = run.data.tags
+    lines = [f"**{line.name or line.run_id}** is {state}, begun {line.begun:%Y-%m-%d %H:%M} UTC"]
+    if run.info.end_time and state != "running":
+        lines.append(f"took {timedelta(seconds=(run.info.end_time - run.info.start_time) // 1000)}")
+    if line.step is not None:
+        lines.append(f"kept up to step {line.step}")
+    segments = int(tags.get(SEGMENTS, "1"))
+    if segments > 1:
+        changes = f" (changed: {tags[ALLOWED_CHANGES]})" if ALLOWED_CHANGES in tags else ""
+        lines.append(f"in {segments} segments{changes}")
+    text = ", ".join(lines) + ".\n"
+    if state == VANISHED:
+        text += f"\nIts process on {tags.get(HOST)} showed life last at {tags.get(HEARTBEAT)}.\n"
+    return text
+
+
+def _facts(run: Run) -> str:
+    tags = run.data.tags
+    settings = {key: run.data.params.get(PARAMETER_PREFIX + key) for key in TELLING}
+    known = {key: value for key, value in settings.items() if value is not None}
+    if not known:
+        known = {
+            key.removeprefix(PARAMETER_PREFIX): value
+            for key, value in run.data.params.items()
+            if key.startswith(PARAMETER_PREFIX)
+        }
+    rows = [f"- recipe: {', '.join(f'{key} {value}' for key, value in known.items())}"] if known else []
+    uncommitted = " with uncommitted changes" if tags.get(DIRTY) == "true" else ""
+    rows += [f"- code: commit {tags[COMMIT][:12]}{uncommitted}"] if COMMIT in tags else []
+    rows += [f"- weights: sha256 {tags[WEIGHTS_DIGEST][:16]}..."] if WEIGHTS_DIGEST in tags else []
+    rows += [f"- makes run `{tags[REPRODUCES]}` again: {_verdict(tags.get(REPRODUCED))}"] if REPRODUCES in tags else []
+    rows += [f"- made again by run `{tags[REPRODUCED_BY]}`"] if REPRODUCED_BY in tags else []
+    parent = tags.get(MLFLOW_PARENT_RUN_ID)
+    rows += [f"- below run `{parent}`"] if parent and parent != tags.get(REPRODUCES) else []
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _verdict(reproduced: str | None) -> str:
+    return {None: "not compared yet", "true": "bit-identical"}.get(reproduced, "not the same")
+
+
+def _results(run: Run) -> str:
+    metrics = {
+        name: value
+        for name, value in sorted(run.data.metrics.items())
+        if name.startswith(("val_", "test_")) and not name.startswith(RESERVED) and not is_timing(name)
+    }
+    if not metrics:
+        return ""
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    return f"| metric, last | value |\n|---|---|\n{rows}"
+
+
+def _data(run: Run) -> str:
+    try:
+        return counts_table(json.loads(newest_segment(run).lineage())["counts"])
+    except UserError:
+        # It was killed before it knew its data.
+        return ""
+
+
+def _commands(run: Run, state: str) -> str:
+    run_id = run.info.run_id
+    if state == "finished":
+        commands = [
+            f"sonosco reproduce {run_id}    # train it again, and compare every bit",
+            f"sonosco evaluate {run_id}     # derive its test numbers again",
+            f"sonosco resume {run_id} --set training.epochs=...    # more epochs",
+        ]
+    else:
+        commands = [f"sonosco resume {run_id}    # should it not be running any more"]
+    return "".join(f"    {command}\n" for command in commands)
