@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sonosco_mlflow.tracking.description import describe_run, list_trainings
 from sonosco_mlflow.tracking.store import connect, find_run
+from sonosco_mlflow.tracking.verification import Verification
 
 RATES = {"val_word_error_rate": "val WER", "test_word_error_rate": "test WER"}
 # What is no terminal has no width: nothing is to be cut there.
@@ -45,3 +46,16 @@ def show_runs(project: Path) -> None:
         )
     console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
     console.print(table if table.row_count else "no run yet: `make train`, or `mlflow run . -P model=tds`, makes one")
+
+
+def show_verification(found: Verification) -> None:
+    """Print what was read again of a run, and what is not as it was recorded."""
+    print(
+        f"run {found.run_id}: {found.files} files of {found.size / 1e6:.1f} MB, {found.checkpoints} checkpoints, "
+        f"{found.rows} values of metrics read again"
+    )
+    if not found.has_ledger:
+        print("it did not come to closing its ledger: files that no other digest knows could not be compared")
+    for finding in found.findings:
+        print(f"  {finding.name}: {finding.what}")
+    print("all is as recorded" if not found.findings else f"{len(found.findings)} are not as recorded")

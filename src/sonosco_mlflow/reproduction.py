@@ -174,8 +174,10 @@ def _train(rebuilt: Rebuilt, run_id: str, until_step: int | None) -> None:
 
 def _log(certificate: Certificate) -> None:
     made = TrackedRun(find_run(certificate.reproduction))
+    made.open_ledger()
     made.log_text(certificate.to_json(), "reproduction/certificate.json")
     made.log_text(certificate.to_markdown(), "reproduction/certificate.md")
+    made.close_ledger()
     made.describe(certificate.to_markdown())
     made.rename(f"reproduction-of-{certificate.original[:6]}")
     made.set_tags({REPRODUCED: str(certificate.is_identical).lower()})

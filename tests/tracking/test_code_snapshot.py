@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import stat
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.code_snapshot import snapshot_code, unpack
+from sonosco_mlflow.tracking.code_snapshot import archive_digest, snapshot_code, unpack
 from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
 
 
@@ -333,5 +334,7 @@ def test_a_file_of_200_megabytes_is_not_read_into_memory(repository: Path) -> No
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert list(snapshot.left_out) == ["large.bin"]
-    assert snapshot.left_out["large.bin"] == hashlib.sha256(bytes(200_000_000)).hexdigest()
+    assert snapshot.left_out["large.bin"] == (0o100644, hashlib.sha256(bytes(200_000_000)).hexdigest())
+    facts = json.loads(snapshot.git_json())
+    assert archive_digest(snapshot.archive, facts["left_out"]) == snapshot.digest
     assert peak < 20_000_000

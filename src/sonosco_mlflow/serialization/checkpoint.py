@@ -40,6 +40,8 @@ from sonosco_mlflow.serialization.migrations import MIGRATIONS, SCHEMA
 from sonosco_mlflow.serialization.state import Json, join_tree, json_bytes, split_tree, tensor_bytes
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints, on its disk and among its artifacts."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d{4,}))?")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization import serializer
 from sonosco_mlflow.serialization.checkpoint import (
+    CHECKPOINTS,
     MANIFEST,
     BrokenCheckpointError,
     Checkpoint,
@@ -23,8 +24,6 @@ from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
 from sonosco_mlflow.tracking.store import artifact_names, connect, download, find_run
 from sonosco_mlflow.tracking.tags import CHECKPOINT
-
-CHECKPOINTS = "checkpoints"
 
 
 def upload_checkpoint(run: TrackedRun, directory: Path, kept: frozenset[str], *, verify: bool = False) -> None:

@@ -16,6 +16,7 @@ import stat
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class CodeSnapshot:
         remote: address of ``origin`` without credentials, or None.
         dirty: whether code differs from the commit, untracked files included.
         submodules: commit of each, by path.
-        left_out: files that are too large for the archive, with their sha256.
+        left_out: mode and sha256 of each file that is too large for the archive.
         withheld: files that look like secrets; nothing of them is kept.
     """
 
@@ -61,7 +62,7 @@ class CodeSnapshot:
     remote: str | None = None
     dirty: bool = True
     submodules: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     withheld: list[str] = field(default_factory=list)
 
     def git_json(self) -> str:
@@ -146,10 +147,10 @@ class _Packing:
     """Files of ``root`` packed into an archive, with one digest of them all."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, tuple[int, str]] = {}
         self.withheld: list[str] = []
         buffer = io.BytesIO()
-        digest = hashlib.sha256()
+        entries = []
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in sorted({*names}):
                 path = root / name
@@ -159,26 +160,43 @@ class _Packing:
                 if is_secret(path):
                     self.withheld.append(name)
                     continue
-                entry = self._add(archive, path, name)
-                if name not in NOT_CODE:
-                    digest.update(json.dumps(entry).encode())
+                entries.append(self._add(archive, path, name))
         self.archive = buffer.getvalue()
-        self.digest = digest.hexdigest()
+        self.digest = _digest(entries)
 
-    def _add(self, archive: zipfile.ZipFile, path: Path, name: str) -> list[object]:
+    def _add(self, archive: zipfile.ZipFile, path: Path, name: str) -> tuple[str, int, str]:
         status = path.lstat()
         # Of the mode only the kind of file and the executable bit count, as in git.
         kind = stat.S_IFMT(status.st_mode) | (0o755 if status.st_mode & stat.S_IXUSR else 0o644)
         if status.st_size > LARGEST_FILE:
             with path.open("rb") as file:
-                self.left_out[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            return [name, kind, self.left_out[name]]
+                self.left_out[name] = kind, hashlib.file_digest(file, "sha256").hexdigest()
+            return name, *self.left_out[name]
         content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
         entry = zipfile.ZipInfo(name, _ARCHIVE_DATE)
         entry.external_attr = kind << 16
         entry.compress_type = zipfile.ZIP_DEFLATED
         archive.writestr(entry, content)
-        return [name, kind, hashlib.sha256(content).hexdigest()]
+        return name, kind, hashlib.sha256(content).hexdigest()
+
+
+def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]]) -> str:
+    """Return the digest (:attr:`CodeSnapshot.digest`) of the code in an archive, and of what was too large for it."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        packed = [
+            (entry.filename, entry.external_attr >> 16, hashlib.sha256(files.read(entry)).hexdigest())
+            for entry in files.infolist()
+        ]
+    return _digest(sorted([*packed, *((name, mode, digest) for name, (mode, digest) in left_out.items())]))
+
+
+def _digest(entries: Iterable[tuple[str, int, str]]) -> str:
+    """Return the sha256 over name, mode and content's sha256 of each file, in order."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        if entry[0] not in NOT_CODE:
+            digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()
 
 
 def _listed(repository: git.Repo, kind: str) -> list[str]:

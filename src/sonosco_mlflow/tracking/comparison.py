@@ -12,9 +12,8 @@ from pathlib import Path
 
 import safetensors.torch
 
-from sonosco_mlflow.serialization.checkpoint import MANIFEST, position_of, verify_checkpoint
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, position_of, verify_checkpoint
 from sonosco_mlflow.serialization.state import tensor_bytes
-from sonosco_mlflow.tracking.checkpoints import CHECKPOINTS
 from sonosco_mlflow.tracking.journal import storable
 from sonosco_mlflow.tracking.mlflow_run import metric_records
 from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names, download

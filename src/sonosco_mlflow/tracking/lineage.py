@@ -68,6 +68,12 @@ class DataLineage:
             counts={split: _counts(manifest) for split, manifest in manifests.items()},
         )
 
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Read what :meth:`to_json` returned."""
+        content = json.loads(text)
+        return cls(content["manifests"], content["vocabulary"], content["dvc"], content["counts"])
+
     @property
     def digest(self) -> str:
         """Hexadecimal sha256 of all digests together."""

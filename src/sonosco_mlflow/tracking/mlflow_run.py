@@ -4,9 +4,11 @@ Inside ``mlflow run`` the launcher has made a run and named it in ``MLFLOW_RUN_I
 one is made. The launcher overwrites a run's status, so what became of a run also stands in the tag ``sonosco.state``.
 """
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -23,11 +25,13 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_NAME,
 )
 
-from sonosco_mlflow.errors import describe_failure
+from sonosco_mlflow.errors import UserError, describe_failure
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
+from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
 from sonosco_mlflow.tracking.secrecy import without_credentials
 from sonosco_mlflow.tracking.store import artifact_names
-from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, SEGMENTS, STATE
+from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, LEDGER_DIGEST, SEGMENTS, STATE
 
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
@@ -55,6 +59,7 @@ class TrackedRun:
         self.artifact_uri: str = run.info.artifact_uri
         self.segment = int(run.data.tags.get(SEGMENTS, "1"))
         self._record = record
+        self._ledger = Ledger(self.id)
         self._client = mlflow.MlflowClient()
 
     @classmethod
@@ -110,6 +115,7 @@ class TrackedRun:
         mlflow.start_run(run_id=self.id, nested=mlflow.active_run() is not None, log_system_metrics=True)
         self.segment += 1
         self.set_tags({STATE: "running", SEGMENTS: str(self.segment)})
+        self.open_ledger()
         if ERROR in self._client.get_run(self.id).data.tags:
             self._client.delete_tag(self.id, ERROR)
         if self._record is not None:
@@ -169,7 +175,9 @@ class TrackedRun:
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Upload one file into an artifact folder."""
+        entry = Entry.of(path)
         self._client.log_artifact(self.id, str(path), folder or None)
+        self._ledger.entries[f"{folder}/{path.name}" if folder else path.name] = entry
 
     def log_bytes(self, content: bytes, name: str) -> None:
         """Upload ``content`` as the artifact ``name`` (slashes make folders)."""
@@ -200,6 +208,7 @@ class TrackedRun:
         if base in self.artifacts_in(folder):
             # MLflow would append to it: a run that was killed at its end would show its rows twice.
             self.delete_artifact(name)
+        self._ledger.forget(name)
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         self._client.log_table(self.id, columns, name)
 
@@ -210,6 +219,24 @@ class TrackedRun:
     def delete_artifact(self, name: str) -> None:
         """Delete an artifact, file or folder."""
         get_artifact_repository(self.artifact_uri).delete_artifacts(name)  # type: ignore[no-untyped-call]
+        self._ledger.forget(name)
+
+    def open_ledger(self) -> None:
+        """Go on with the ledger of an earlier process: while files are written it is none, until it is closed again."""
+        digest = self._client.get_run(self.id).data.tags.get(LEDGER_DIGEST)
+        if digest is None:
+            # That process was killed: what it wrote last stands in no ledger.
+            return
+        with suppress(UserError):
+            # Checkpoints are large, and nobody else writes there; all else is read again at the end.
+            self._ledger = Ledger.read(self.id, digest).only(CHECKPOINTS)
+        self._client.delete_tag(self.id, LEDGER_DIGEST)
+
+    def close_ledger(self) -> None:
+        """Keep the digest of every file of this run; nothing is to be uploaded after it."""
+        content = self._ledger.complete()
+        self.log_bytes(content, LEDGER)
+        self.set_tags({LEDGER_DIGEST: hashlib.sha256(content).hexdigest()})
 
     def log_dataset(self, name: str, digest: str, path: Path, context: str) -> None:
         """Show data in the UI as an input of this run; ``digest`` holds at most 36 characters."""
@@ -223,6 +250,7 @@ class TrackedRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
+            self.close_ledger()
             self.end("finished")
         elif isinstance(error, Exception):
             self.end("failed", describe_failure(error))

@@ -120,6 +120,7 @@ class OpenRun:
             self.recording.finish(PATIENCE_AT_STOP)
         self.run.log_file(self._log, "logs")
         self.recording.close()
+        self.run.close_ledger()
 
     def _end(self, state: str, message: str = "") -> None:
         try:

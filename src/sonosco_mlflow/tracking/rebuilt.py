@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
 def _restore_code(segment: Segment, project: Path, tree: Path) -> None:
     unpack(segment.archive(), tree)
     facts = json.loads(segment.git())
-    for name, digest in facts["left_out"].items():
+    for name, (mode, digest) in facts["left_out"].items():
         source = project / name
         if not source.is_file() or _digest(source) != digest:
             raise UserError(
@@ -133,7 +134,8 @@ def _restore_code(segment: Segment, project: Path, tree: Path) -> None:
                 f"{digest[:12]}...); put it there"
             )
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, tree / name)
+        shutil.copyfile(source, tree / name)
+        (tree / name).chmod(stat.S_IMODE(mode))
     with git.Repo.init(tree) as repository:
         # By force: of what the run's repository tracked, some may match a pattern of what is to be ignored.
         repository.git.add("--all", "--force")

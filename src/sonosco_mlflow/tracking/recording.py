@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sonosco_mlflow.background import Background
-from sonosco_mlflow.serialization.checkpoint import checkpoints_in
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, checkpoints_in
 from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
 from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Row
 from sonosco_mlflow.tracking.lease import Lease
@@ -51,7 +51,7 @@ class Recording(Callback, is_part_of_trainer=False):
             self.board = TensorBoard(self.folder / "tensorboard")
             trainer.attach(self.board)
         if checkpoint is not None:
-            checkpoint.directory = self.folder / "checkpoints"
+            checkpoint.directory = self.folder / CHECKPOINTS
             checkpoint.background = self.background
             checkpoint.before_writing.append(self.journal.sync)
             checkpoint.listeners.append(self._deliver_checkpoint)
@@ -71,7 +71,7 @@ class Recording(Callback, is_part_of_trainer=False):
         if self.board is not None:
             self.board.rewrite(rows)
         self.background.deliver(self.journal.flush)
-        standing = checkpoints_in(self.folder / "checkpoints")
+        standing = checkpoints_in(self.folder / CHECKPOINTS)
         names = kept | {path.name for path in standing}
         for path in standing:
             self.background.deliver(partial(self._deliver_checkpoint, path, names, verify=True))

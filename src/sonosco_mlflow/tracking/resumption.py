@@ -11,7 +11,7 @@ from mlflow.entities import Run
 
 from sonosco_mlflow.config import decisive, settings_digest
 from sonosco_mlflow.errors import UserError, nearest
-from sonosco_mlflow.serialization.checkpoint import MANIFEST, Checkpoint
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
 from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, read_rows
@@ -95,7 +95,7 @@ class Resumption:
             folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
             last = newest_segment(run)
             settings = last.settings()
-            checkpoint = newest_checkpoint(last, folder / "checkpoints")
+            checkpoint = newest_checkpoint(last, folder / CHECKPOINTS)
         except BaseException:
             lease.release()
             raise

@@ -1,0 +1,42 @@
+"""The command line: one short function a verb.
+
+Exit status: 0 done, 1 a mistake or a failed run (one message; ``--debug`` shows the traceback), 2 usage, 130 and 143
+stopped by SIGINT or SIGTERM and resumable.
+"""
+
+import os
+import sys
+import warnings
+
+import typer
+
+# Each module adds its verbs.
+from sonosco_mlflow.cli import data, provenance, training  # noqa: F401
+from sonosco_mlflow.cli.app import app, normalise
+from sonosco_mlflow.errors import UserError, describe_failure
+
+
+def main() -> None:
+    """Run the command line and end the process."""
+    arguments = normalise([argument for argument in sys.argv[1:] if argument != "--debug"])
+    debug = "--debug" in sys.argv[1:]
+    # A warning is for the reader, who does not care for the line of code that gave it.
+    warnings.formatwarning = lambda message, *_, **__: f"sonosco: warning: {message}\n"
+    try:
+        app(arguments, prog_name="sonosco")
+    except Exception as error:
+        message = describe_failure(error)
+        _mark_failed(message)
+        if debug:
+            raise
+        hint = "" if isinstance(error, UserError) else " (`sonosco --debug ...` shows where)"
+        typer.secho(f"sonosco: {message}{hint}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+
+
+def _mark_failed(message: str) -> None:
+    # Only where `mlflow run` launched this process is there a run that nobody else would mark.
+    if "MLFLOW_RUN_ID" in os.environ:
+        from sonosco_mlflow.tracking.mlflow_run import mark_launched_run_failed
+
+        mark_launched_run_failed(message)

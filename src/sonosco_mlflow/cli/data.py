@@ -1,0 +1,66 @@
+"""The verbs that make data: each a stage of the pipeline, and all of them together."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Set, app, read_recipe
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def corpus(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="default, an4 or folder; the recipe's by default.")] = None,
+    source: Annotated[str | None, typer.Option(help="Archive, folder or address of the corpus.")] = None,
+    into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
+    settings: Set = None,
+    params: Params = PARAMS,
+) -> None:
+    """Bring a corpus: its audio, and a list of utterances a split."""
+    from sonosco_mlflow.console import stage_progress
+    from sonosco_mlflow.data.stages import DataFolder, make_corpus
+
+    chosen = {key: value for key, value in {"data.corpus": name, "data.source": source}.items() if value is not None}
+    config = read_recipe(context, settings, params, chosen)
+    with stage_progress() as progress:
+        make_corpus(config, DataFolder(into), progress)
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def manifest(
+    context: typer.Context,
+    into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
+    settings: Set = None,
+    params: Params = PARAMS,
+) -> None:
+    """Write the manifests and the vocabulary of the corpus."""
+    from sonosco_mlflow.data.stages import DataFolder, make_manifests
+
+    read_recipe(context, settings, params)
+    make_manifests(DataFolder(into))
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def features(
+    context: typer.Context,
+    into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
+    settings: Set = None,
+    params: Params = PARAMS,
+) -> None:
+    """Extract the features of every split."""
+    from sonosco_mlflow.console import stage_progress
+    from sonosco_mlflow.data.stages import DataFolder, make_features
+
+    config = read_recipe(context, settings, params)
+    with stage_progress() as progress:
+        make_features(config, DataFolder(into), progress)
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def data(context: typer.Context, settings: Set = None, params: Params = PARAMS) -> None:
+    """Bring the recipe's data up to date with DVC, and record it in MLflow."""
+    from sonosco_mlflow.runs import bring_data
+
+    lineage = bring_data(read_recipe(context, settings, params), Path())
+    typer.echo(lineage.to_markdown())

@@ -1,0 +1,134 @@
+"""The verbs that train a model, evaluate it and use it."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonosco_mlflow.cli.app import (
+    PARAMS,
+    RECIPE_KEYS,
+    Allow,
+    Params,
+    Prepare,
+    Results,
+    Set,
+    app,
+    read_overrides,
+    read_recipe,
+)
+from sonosco_mlflow.errors import UserError
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def train(
+    context: typer.Context,
+    settings: Set = None,
+    params: Params = PARAMS,
+    prepare: Prepare = True,
+    results: Results = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Continue a run of the same recipe, code and data that was cut off.")
+    ] = False,
+    until_step: Annotated[
+        int | None, typer.Option(min=1, help="Stop there as an interrupt does; `resume` continues.")
+    ] = None,
+) -> None:
+    """Train the recipe: data, training, test, all of it in one MLflow run."""
+    config = read_recipe(context, settings, params)
+    from sonosco_mlflow.runs import train
+
+    with _termination():
+        train(config, Path(), prepare=prepare, results=results, go_on=go_on, until_step=until_step)
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def resume(
+    context: typer.Context,
+    run_id: Annotated[str | None, typer.Argument(help="A training run.")] = None,
+    run_option: Annotated[str | None, typer.Option("--run_id", hidden=True)] = None,
+    settings: Set = None,
+    prepare: Prepare = True,
+    results: Results = None,
+    allow_config_change: Allow = False,
+    allow_code_change: Allow = False,
+    allow_data_change: Allow = False,
+    allow_vocabulary_change: Allow = False,
+    allow_environment_change: Allow = False,
+    allow_numerics_change: Allow = False,
+) -> None:
+    """Continue a run that was killed, stopped or failed; with --set training.epochs=N also a finished one."""
+    from sonosco_mlflow.runs import resume
+
+    allowed = {
+        "config": allow_config_change,
+        "code": allow_code_change,
+        "data": allow_data_change,
+        "vocabulary": allow_vocabulary_change,
+        "environment": allow_environment_change,
+        "numerics": allow_numerics_change,
+    }
+    # `mlflow run -P run_id=...` gives an option, `mlflow run --run-id ...` the variable.
+    chosen = run_id or run_option or os.environ.pop("MLFLOW_RUN_ID", None)
+    if chosen is None:
+        raise UserError("give the id of the run that is to go on: sonosco resume RUN_ID")
+    with _termination():
+        resume(
+            chosen,
+            Path(),
+            overrides=read_overrides(context, settings),
+            allowed_changes=[change for change, is_allowed in allowed.items() if is_allowed],
+            prepare=prepare,
+            results=results,
+        )
+
+
+@app.command()
+def evaluate(
+    run_id: Annotated[str | None, typer.Argument(help="A finished training run.")] = None,
+    run_file: Annotated[Path | None, typer.Option(help="File that names the run, as the train stage wrote it.")] = None,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    prepare: Prepare = True,
+    results: Results = None,
+) -> None:
+    """Evaluate the model of a run from what MLflow and DVC kept."""
+    from sonosco_mlflow.runs import evaluate, run_of
+
+    if (run_id is None) == (run_file is None):
+        raise UserError("give the id of a run, or --run-file")
+    chosen = run_id if run_id is not None else run_of(run_file or Path())
+    evaluate(chosen, Path(), split=split, prepare=prepare, results=results)
+
+
+@app.command()
+def transcribe(
+    run_id: Annotated[str, typer.Argument(help="A finished training run.")],
+    audio: Annotated[list[Path], typer.Argument(help="Sound files.")],
+) -> None:
+    """Print what the model of a run hears in sound files."""
+    from sonosco_mlflow.runs import recognizer_of
+
+    recognizer = recognizer_of(run_id, Path())
+    for path in audio:
+        typer.echo(f"{path}\t{recognizer.transcribe_file(path)}")
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Let SIGTERM stop what is done inside as an interrupt does, and end the process with 143."""
+    from sonosco_mlflow.training.interruption import Terminated, raise_on_termination
+
+    previous = signal.getsignal(signal.SIGTERM)
+    raise_on_termination()
+    try:
+        yield
+    except Terminated:
+        # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
+        sys.exit(143)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

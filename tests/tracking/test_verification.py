@@ -1,0 +1,206 @@
+"""A run is read again, and whatever is not as it was recorded is named."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from experiments import go_on, new_project, run_experiment, toy_trainer, vanish
+from sonosco_mlflow import overview
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.tags import CHECKPOINT, CODE_DIGEST, LEDGER_DIGEST, WEIGHTS_DIGEST
+from sonosco_mlflow.tracking.verification import Verification, verify_run
+from sonosco_mlflow.training.callbacks import Callback
+from sonosco_mlflow.training.trainer import ModelTrainer
+
+pytestmark = pytest.mark.usefixtures("tracking_store")
+LAST = "checkpoints/step-00000012"
+
+
+class OwnFiles(Callback, is_part_of_trainer=False):
+    """What a user logs without a word to us: an artifact that each process replaces, and a model."""
+
+    def on_train_begin(self, trainer: ModelTrainer) -> None:
+        mlflow.log_text(f"at {trainer.progress.step}", "own/note.txt")
+
+    def on_train_end(self, trainer: ModelTrainer) -> None:
+        model = mlflow.initialize_logged_model(name="own")
+        mlflow.MlflowClient().log_model_artifact(model.model_id, __file__)
+
+
+@pytest.fixture(scope="module")
+def run_id(tmp_path_factory: pytest.TempPathFactory, tone_manifest: Manifest, tracking_database: str) -> str:
+    """A finished run that was interrupted once; its tests leave it as they found it."""
+    project = tmp_path_factory.mktemp("kept")
+    new_project(project)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
+        mlflow.set_tracking_uri(None)
+        run_id = run_experiment(own_trainer(tone_manifest, stop_at=5), project).run.id
+        assert LEDGER_DIGEST in mlflow.get_run(run_id).data.tags
+        go_on(run_id, own_trainer(tone_manifest), project)
+    return run_id
+
+
+def own_trainer(manifest: Manifest, stop_at: int | None = None) -> ModelTrainer:
+    trainer = toy_trainer(manifest, stop_at=stop_at)
+    trainer.attach(OwnFiles())
+    return trainer
+
+
+def root(run_id: str) -> Path:
+    return Path(mlflow.get_run(run_id).info.artifact_uri)
+
+
+@contextmanager
+def replaced(path: Path, content: bytes | None) -> Iterator[None]:
+    before = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    yield
+    path.write_bytes(before)
+
+
+def flipped(path: Path) -> bytes:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    return bytes(content)
+
+
+def named(run_id: str) -> list[str]:
+    return [finding.name for finding in verify_run(run_id).findings]
+
+
+def test_a_run_that_was_left_alone_is_as_recorded(run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = verify_run(run_id)
+    assert found.findings == ()
+    assert found.has_ledger
+    assert found.checkpoints == len(list(root(run_id).glob("checkpoints/*/manifest.json")))
+    # The files on the disk, the model's own among them, save the ledger.
+    model = mlflow.search_logged_models(output_format="list", filter_string=f"source_run_id = '{run_id}'")[0]
+    files = [path for path in root(run_id).rglob("*") if path.is_file()]
+    own = [path for path in Path(model.artifact_location).rglob("*") if path.is_file()]
+    assert own
+    assert found.files == len(files) - 1 + len(own)
+    history = mlflow.MlflowClient().get_metric_history
+    metrics = [name for name in mlflow.get_run(run_id).data.metrics if not name.startswith(("system/", "resume."))]
+    assert found.rows == sum(len(history(run_id, name)) for name in metrics) > 30
+    overview.show_verification(found)
+    assert capsys.readouterr().out.endswith("all is as recorded\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{LAST}/model.safetensors", f"{LAST}/optimizer.safetensors", f"{LAST}/state.json", "journal.jsonl"),
+        *("evaluation/learning_curves.png", "own/note.txt", "segments/2/segment.json", "code/command.json"),
+    ],
+)
+def test_a_flipped_bit_and_a_lost_file_are_named(run_id: str, name: str) -> None:
+    path = root(run_id) / name
+    with replaced(path, flipped(path)):
+        (finding, *_) = [finding for finding in verify_run(run_id).findings if finding.name == name]
+        assert finding.what.startswith(("altered: sha256", "runs:/", str(path)))
+    with replaced(path, None):
+        assert f"{name}: missing" in [f"{finding.name}: {finding.what}" for finding in verify_run(run_id).findings]
+    assert named(run_id) == []
+
+
+def test_a_model_is_read_as_well(run_id: str) -> None:
+    model = mlflow.search_logged_models(output_format="list", filter_string=f"source_run_id = '{run_id}'")[0]
+    path = Path(model.artifact_location) / Path(__file__).name
+    with replaced(path, b"other"):
+        assert named(run_id) == [f"models:/{model.model_id}/{Path(__file__).name}"]
+
+
+def test_what_was_added_is_told(run_id: str) -> None:
+    path = root(run_id) / "surplus.txt"
+    path.write_text("x")
+    found = verify_run(run_id)
+    path.unlink()
+    assert [finding.name for finding in found.findings] == ["surplus.txt"]
+    assert "added after the run had ended" in found.findings[0].what
+
+
+def test_an_altered_code_snapshot_is_seen_in_the_tag_too(run_id: str) -> None:
+    path, other = root(run_id) / "segments/2/code/snapshot.zip", b"PK\x05\x06" + bytes(18)
+    with replaced(path, other):
+        assert named(run_id) == ["segments/2/code/snapshot.zip", CODE_DIGEST]
+
+
+def test_an_altered_ledger_is_told(run_id: str) -> None:
+    path = root(run_id) / "ledger.json"
+    with replaced(path, flipped(path)):
+        assert named(run_id) == ["ledger.json"]
+
+
+@pytest.mark.parametrize(("tag", "other"), [(WEIGHTS_DIGEST, "0" * 64), (CHECKPOINT, "checkpoints/step-00000099")])
+def test_a_tag_that_says_something_else_is_told(run_id: str, tag: str, other: str) -> None:
+    client = mlflow.MlflowClient()
+    before = mlflow.get_run(run_id).data.tags[tag]
+    client.set_tag(run_id, tag, other)
+    found = named(run_id)
+    client.set_tag(run_id, tag, before)
+    assert found == [tag]
+
+
+def test_a_metric_that_was_altered_removed_or_added_is_named(run_id: str, tracking_database: str) -> None:
+    key = "key = 'train_loss' AND step = 7 AND run_uuid = ?"
+    with sqlite3.connect(tracking_database.removeprefix("sqlite:///")) as database:
+        ((value,),) = database.execute(f"SELECT value FROM metrics WHERE {key}", [run_id])
+        for change, what in (
+            (f"UPDATE metrics SET value = value * (1 + 2e-16) WHERE {key}", f"was {value!r}"),
+            (f"UPDATE metrics SET step = 70 WHERE {key}", "missing, though the journal has it"),
+        ):
+            database.execute("SAVEPOINT before")
+            database.execute(change, [run_id])
+            database.commit()
+            found = verify_run(run_id).findings
+            database.execute(
+                "UPDATE metrics SET value = ?, step = 7 WHERE key = 'train_loss' AND step IN (7, 70) AND run_uuid = ?",
+                [value, run_id],
+            )
+            database.commit()
+            assert found[0].name == "metric train_loss at step 7"
+            assert what in found[0].what
+    assert [finding.name for finding in found[1:]] == ["metric train_loss at step 70"]
+    assert named(run_id) == []
+
+
+def test_a_run_that_was_cut_off_is_compared_as_far_as_it_goes(tone_manifest: Manifest, tmp_path: Path) -> None:
+    project = new_project(tmp_path)
+    experiment = Experiment.create({"size": 1}, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    experiment.setup_model_trainer(trainer, test_loader=trainer.val_loader)
+    run_id = experiment.run.id
+    with pytest.raises(UserError, match="is running: it can be verified when it has ended"):
+        verify_run(run_id)
+    trainer.start_training()
+    experiment.opened.recording.finish(10)
+    vanish(experiment)
+    assert is_clean(verify_run(run_id))
+    path = root(run_id) / LAST / "state.json"
+    with replaced(path, flipped(path)):
+        assert named(run_id) == [f"{LAST}/state.json"]
+    go_on(run_id, toy_trainer(tone_manifest), project)
+    assert verify_run(run_id).has_ledger
+    assert named(run_id) == []
+
+
+def is_clean(found: Verification) -> bool:
+    return not found.has_ledger and found.findings == () and found.checkpoints > 0
+
+
+def test_a_run_of_another_kind_has_a_ledger_too(tmp_path: Path) -> None:
+    with TrackedRun.open("Default", "data") as run:
+        run.log_text("x", "data/lineage.json")
+    assert named(run.id) == []
+    (root(run.id) / "data" / "lineage.json").write_text("y")
+    assert named(run.id) == ["data/lineage.json"]
