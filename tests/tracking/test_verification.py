@@ -194,6 +194,16 @@ def test_a_run_that_was_cut_off_is_compared_as_far_as_it_goes(tone_manifest: Man
     assert named(run_id) == []
 
 
+def test_a_finished_run_that_goes_on_has_no_final_weights_until_it_ends_again(
+    tone_manifest: Manifest, tmp_path: Path
+) -> None:
+    project = new_project(tmp_path)
+    run_id = run_experiment(toy_trainer(tone_manifest), project).run.id
+    go_on(run_id, toy_trainer(tone_manifest, epochs=3, stop_at=14), project)
+    assert WEIGHTS_DIGEST not in mlflow.get_run(run_id).data.tags
+    assert named(run_id) == []
+
+
 def is_clean(found: Verification) -> bool:
     return not found.has_ledger and found.findings == () and found.checkpoints > 0
 

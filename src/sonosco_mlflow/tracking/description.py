@@ -70,17 +70,16 @@ class RunLine:
         )
 
 
-def describe_run(run: Run, state: str | None = None, error: str = "") -> str:
+def describe_run(run: Run, state: str | None = None) -> str:
     """Return what a run is, on what, how it went and how to go on with it, as Markdown.
 
     Args:
         run: a training run.
-        state: what it is about to be: ``running``, ``finished``, ``interrupted`` or ``failed``; by default what it is.
-        error: why it failed, where no tag says it yet.
+        state: what it is; by default what it is found to be, for which its process is looked for.
     """
     line = RunLine.of(run)
     state = state or line.state
-    error = error or run.data.tags.get(ERROR, "")
+    error = run.data.tags.get(ERROR, "")
     parts = [
         _headline(run, line, state),
         f"Error: {error}\n" if error else "",

@@ -76,8 +76,10 @@ class Ledger:
 
     def forget(self, name: str) -> None:
         """Note that the artifact ``name``, file or folder, is gone, or is no longer what it was."""
-        for known in [known for known in self.entries if known == name or known.startswith(f"{name}/")]:
-            del self.entries[known]
+        # The deliverer's thread and the training's both write here.
+        for known in list(self.entries):
+            if known == name or known.startswith(f"{name}/"):
+                self.entries.pop(known, None)
 
     def complete(self) -> bytes:
         """Return the ledger of all that stands in the store, as JSON; what is not known yet is read from there."""

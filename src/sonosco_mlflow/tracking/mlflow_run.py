@@ -31,7 +31,7 @@ from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
 from sonosco_mlflow.tracking.secrecy import without_credentials
 from sonosco_mlflow.tracking.store import artifact_names
-from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, LEDGER_DIGEST, SEGMENTS, STATE
+from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, LEDGER_DIGEST, SEGMENTS, STATE, WEIGHTS_DIGEST
 
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
@@ -116,8 +116,9 @@ class TrackedRun:
         self.segment += 1
         self.set_tags({STATE: "running", SEGMENTS: str(self.segment)})
         self.open_ledger()
-        if ERROR in self._client.get_run(self.id).data.tags:
-            self._client.delete_tag(self.id, ERROR)
+        # Of the end that it had before.
+        for outdated in {ERROR, WEIGHTS_DIGEST} & {*self._client.get_run(self.id).data.tags}:
+            self._client.delete_tag(self.id, outdated)
         if self._record is not None:
             self._client.set_tag(self._record, STATE, "running")
 
@@ -250,7 +251,11 @@ class TrackedRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
-            self.close_ledger()
+            try:
+                self.close_ledger()
+            except BaseException as failure:
+                self.end("failed" if isinstance(failure, Exception) else "interrupted", repr(failure))
+                raise
             self.end("finished")
         elif isinstance(error, Exception):
             self.end("failed", describe_failure(error))

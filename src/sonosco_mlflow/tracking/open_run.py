@@ -120,14 +120,24 @@ class OpenRun:
             self.recording.finish(PATIENCE_AT_STOP)
         self.run.log_file(self._log, "logs")
         self.recording.close()
-        self.run.close_ledger()
+        self._close_ledger()
+
+    def _close_ledger(self) -> None:
+        try:
+            self.run.close_ledger()
+        except Exception as error:
+            # All that the run made is delivered; only its files' digests are not kept together.
+            print(f"run {self.run.id} has no ledger, and less of it can be verified: {error}", file=sys.stderr)
 
     def _end(self, state: str, message: str = "") -> None:
         try:
-            self.run.describe(describe_run(find_run(self.run.id), state, message))
             self.run.end(state, message)
         except Exception as error:
             if state == "finished":
                 raise
             # The next command finds the run as vanished, and can continue it.
             print(f"MLflow could not be told that run {self.run.id} is {state}: {error}", file=sys.stderr)
+            return
+        # For the reader only, and last: whatever becomes of it, the run has ended as it did.
+        with suppress(Exception):
+            self.run.describe(describe_run(find_run(self.run.id)))
