@@ -30,7 +30,6 @@ from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
-from sonosco_mlflow.tracking.description import describe_run
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -38,7 +37,7 @@ from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.resumption import Resumption
 from sonosco_mlflow.tracking.segments import BRANCH, RECORD, Segment
-from sonosco_mlflow.tracking.store import connect, find_run
+from sonosco_mlflow.tracking.store import connect
 from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
@@ -323,7 +322,7 @@ class Experiment:
         self.run.set_tags(self._lineage.tags())
         self._lineage.log(self.run)
         self.run.adopt_data_runs(self._lineage.digest)
-        self.run.describe(describe_run(find_run(self.run.id), "running"))
+        self.opened.describe()
 
     def _log_segment(self, resumption: Resumption, segment: Segment) -> None:
         """Log what a segment goes on from; its record last, which says that the rest is there."""
@@ -337,7 +336,7 @@ class Experiment:
         if changed:
             self.run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})
         self.run.adopt_data_runs(self._lineage.digest)
-        self.run.describe(describe_run(find_run(self.run.id), "running"))
+        self.opened.describe()
 
     def _finish(self, trainer: ModelTrainer) -> None:
         if self._test_loader is not None:

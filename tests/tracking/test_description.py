@@ -77,7 +77,7 @@ def test_a_description_that_fails_keeps_no_run_from_its_end(
     experiment = Experiment.create({"size": 1}, project=project, name="toy")
     experiment.setup_model_trainer(toy_trainer(tone_manifest))
 
-    def refuse(run: object, state: str | None = None) -> str:
+    def refuse(run: object) -> str:
         raise mlflow.exceptions.MlflowException("away")
 
     monkeypatch.setattr("sonosco_mlflow.tracking.open_run.describe_run", refuse)

@@ -169,8 +169,7 @@ class _Packing:
         # Of the mode only the kind of file and the executable bit count, as in git.
         kind = stat.S_IFMT(status.st_mode) | (0o755 if status.st_mode & stat.S_IXUSR else 0o644)
         if status.st_size > LARGEST_FILE:
-            with path.open("rb") as file:
-                self.left_out[name] = kind, hashlib.file_digest(file, "sha256").hexdigest()
+            self.left_out[name] = kind, file_digest(path)
             return name, *self.left_out[name]
         content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
         entry = zipfile.ZipInfo(name, _ARCHIVE_DATE)
@@ -180,14 +179,25 @@ class _Packing:
         return name, kind, hashlib.sha256(content).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file, which is read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]]) -> str:
     """Return the digest (:attr:`CodeSnapshot.digest`) of the code in an archive, and of what was too large for it."""
+    files = {**archived_files(archive), **left_out}
+    return _digest((name, *files[name]) for name in sorted(files))
+
+
+def archived_files(archive: bytes) -> dict[str, tuple[int, str]]:
+    """Return mode and sha256 of each file in an archive."""
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        packed = [
-            (entry.filename, entry.external_attr >> 16, hashlib.sha256(files.read(entry)).hexdigest())
+        return {
+            entry.filename: (entry.external_attr >> 16, hashlib.sha256(files.read(entry)).hexdigest())
             for entry in files.infolist()
-        ]
-    return _digest(sorted([*packed, *((name, mode, digest) for name, (mode, digest) in left_out.items())]))
+        }
 
 
 def _digest(entries: Iterable[tuple[str, int, str]]) -> str:

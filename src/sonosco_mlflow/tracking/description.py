@@ -1,6 +1,5 @@
 """What a run is, for a reader: the same text in the UI and in the terminal."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import position_of
 from sonosco_mlflow.tracking.journal import RESERVED
 from sonosco_mlflow.tracking.lease import VANISHED, condition
-from sonosco_mlflow.tracking.lineage import counts_table
+from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import PARAMETER_PREFIX
 from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.tags import (
@@ -70,23 +69,17 @@ class RunLine:
         )
 
 
-def describe_run(run: Run, state: str | None = None) -> str:
-    """Return what a run is, on what, how it went and how to go on with it, as Markdown.
-
-    Args:
-        run: a training run.
-        state: what it is; by default what it is found to be, for which its process is looked for.
-    """
+def describe_run(run: Run) -> str:
+    """Return what a training run is, on what, how it went and how to go on with it, as Markdown."""
     line = RunLine.of(run)
-    state = state or line.state
     error = run.data.tags.get(ERROR, "")
     parts = [
-        _headline(run, line, state),
+        _headline(run, line),
         f"Error: {error}\n" if error else "",
         _facts(run),
         _results(run),
         _data(run),
-        _commands(run, state),
+        _commands(run, line.state),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -99,10 +92,10 @@ def list_trainings() -> list[RunLine]:
     return [RunLine.of(run) for run in runs]
 
 
-def _headline(run: Run, line: RunLine, state: str) -> str:
+def _headline(run: Run, line: RunLine) -> str:
     tags = run.data.tags
-    lines = [f"**{line.name or line.run_id}** is {state}, begun {line.begun:%Y-%m-%d %H:%M} UTC"]
-    if run.info.end_time and state != "running":
+    lines = [f"**{line.name or line.run_id}** is {line.state}, begun {line.begun:%Y-%m-%d %H:%M} UTC"]
+    if run.info.end_time and line.state != "running":
         lines.append(f"took {timedelta(seconds=(run.info.end_time - run.info.start_time) // 1000)}")
     if line.step is not None:
         lines.append(f"kept up to step {line.step}")
@@ -111,7 +104,7 @@ def _headline(run: Run, line: RunLine, state: str) -> str:
         changes = f" (changed: {tags[ALLOWED_CHANGES]})" if ALLOWED_CHANGES in tags else ""
         lines.append(f"in {segments} segments{changes}")
     text = ", ".join(lines) + ".\n"
-    if state == VANISHED:
+    if line.state == VANISHED:
         text += f"\nIts process on {tags.get(HOST)} showed life last at {tags.get(HEARTBEAT)}.\n"
     return text
 
@@ -155,7 +148,7 @@ def _results(run: Run) -> str:
 
 def _data(run: Run) -> str:
     try:
-        return counts_table(json.loads(newest_segment(run).lineage())["counts"])
+        return DataLineage.read(newest_segment(run).lineage()).to_markdown()
     except UserError:
         # It was killed before it knew its data.
         return ""

@@ -5,14 +5,12 @@ would show it. So each checkpoint names what it belongs to, and a difference is 
 differs, unless it was allowed by name; then the run records it.
 """
 
-import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 
 from sonosco_mlflow.config import decisive
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import archived_files
 from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.segments import Segment
 from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, CONFIG_DIGEST, DATA_DIGEST, ENVIRONMENT_DIGEST
@@ -109,7 +107,7 @@ def config_difference(recorded: Mapping[str, object], present: Mapping[str, obje
 
 def code_difference(recorded: bytes, present: bytes) -> str:
     """Say which files differ between two snapshots."""
-    names = _unequal(_files(recorded), _files(present))
+    names = _unequal(archived_files(recorded), archived_files(present))
     return f"{len(names)} files differ: {_listed(names)}"
 
 
@@ -143,14 +141,6 @@ def numerics_difference(recorded: Environment, present: Environment) -> str:
     names = [name for name in ("processor", "capability", "threads") if was.get(name) != now.get(name)]
     reasons = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
     return "the same operations give other bits here; " + (_listed(reasons) or "the processor and threads are the same")
-
-
-def _files(archive: bytes) -> dict[str, str]:
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        return {
-            entry.filename: f"{entry.external_attr} {hashlib.sha256(files.read(entry)).hexdigest()}"
-            for entry in files.infolist()
-        }
 
 
 def _unequal(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:

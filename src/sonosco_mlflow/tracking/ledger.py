@@ -20,6 +20,7 @@ import mlflow
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import file_digest
 from sonosco_mlflow.tracking.store import artifact_bytes
 
 LEDGER = "ledger.json"
@@ -35,8 +36,7 @@ class Entry:
     @classmethod
     def of(cls, path: Path) -> "Entry":
         """Return the entry of a file on this machine."""
-        with path.open("rb") as file:
-            return cls(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+        return cls(file_digest(path), path.stat().st_size)
 
 
 class Ledger:

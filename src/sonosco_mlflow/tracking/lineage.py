@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -104,16 +103,11 @@ class DataLineage:
 
     def to_markdown(self) -> str:
         """Return the counts of each split as a Markdown table."""
-        return counts_table(self.counts)
-
-
-def counts_table(counts: Mapping[str, Mapping[str, float]]) -> str:
-    """Return utterances, hours and speakers of each split as a Markdown table."""
-    rows = "".join(
-        f"| {split} | {count['utterances']:.0f} | {count['hours']:.2f} | {count['speakers']:.0f} |\n"
-        for split, count in counts.items()
-    )
-    return f"| split | utterances | hours | speakers |\n|---|---|---|---|\n{rows}"
+        rows = "".join(
+            f"| {split} | {count['utterances']:.0f} | {count['hours']:.2f} | {count['speakers']:.0f} |\n"
+            for split, count in self.counts.items()
+        )
+        return f"| split | utterances | hours | speakers |\n|---|---|---|---|\n{rows}"
 
 
 def _counts(manifest: Manifest) -> dict[str, float]:

@@ -250,12 +250,16 @@ class TrackedRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            try:
+        try:
+            if error is None:
                 self.close_ledger()
-            except BaseException as failure:
-                self.end("failed" if isinstance(failure, Exception) else "interrupted", repr(failure))
-                raise
+        except BaseException as failure:
+            self._end_after(failure)
+            raise
+        self._end_after(error)
+
+    def _end_after(self, error: BaseException | None) -> None:
+        if error is None:
             self.end("finished")
         elif isinstance(error, Exception):
             self.end("failed", describe_failure(error))

@@ -47,6 +47,11 @@ class OpenRun:
         self._log = folder / ("console.log" if segment == 1 else f"console-{segment}.log")
         self._resources.enter_context(console_log(self._log))
 
+    def describe(self) -> None:
+        """Say in the run's description what it now is; for a reader only, so that what fails here fails no run."""
+        with suppress(Exception):
+            self.run.describe(describe_run(find_run(self.run.id)))
+
     def close(self, state: str, error: Exception | None = None) -> None:
         """Deliver what waits and end the run; one that is not open is let go of as it is.
 
@@ -138,6 +143,5 @@ class OpenRun:
             # The next command finds the run as vanished, and can continue it.
             print(f"MLflow could not be told that run {self.run.id} is {state}: {error}", file=sys.stderr)
             return
-        # For the reader only, and last: whatever becomes of it, the run has ended as it did.
-        with suppress(Exception):
-            self.run.describe(describe_run(find_run(self.run.id)))
+        # Last: the description is of how it ended.
+        self.describe()

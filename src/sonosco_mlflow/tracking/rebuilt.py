@@ -3,7 +3,6 @@
 Nothing of the project that it is rebuilt for is changed; DVC's cache and remotes are borrowed from it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import git
 from sonosco_mlflow.config import settings_yaml
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.code_snapshot import unpack
+from sonosco_mlflow.tracking.code_snapshot import file_digest, unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.origin import Command
@@ -128,7 +127,7 @@ def _restore_code(segment: Segment, project: Path, tree: Path) -> None:
     facts = json.loads(segment.git())
     for name, (mode, digest) in facts["left_out"].items():
         source = project / name
-        if not source.is_file() or _digest(source) != digest:
+        if not source.is_file() or file_digest(source) != digest:
             raise UserError(
                 f"{name} was too large for the run's code snapshot, and {source} is not that file (sha256 "
                 f"{digest[:12]}...); put it there"
@@ -178,8 +177,3 @@ def _build_environment(environment: Environment, folder: Path) -> Path:
                 "--env-manager local takes the environment that you are in"
             )
     return python
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -124,7 +124,7 @@ def _altered(found: Entry, expected: Entry) -> str:
 
 
 def _checkpoints(stored: Mapping[str, Entry]) -> list[str]:
-    """Return the names of the checkpoints that are whole as far as their manifests are there, oldest first."""
+    """Return the names of the checkpoints that have a manifest, oldest first."""
     paths = [PurePosixPath(name) for name in stored if name.startswith(f"{CHECKPOINTS}/")]
     names = {path.parts[1] for path in paths if path.name == MANIFEST and position_of(path.parts[1]) is not None}
     return sorted(names, key=position_of)  # type: ignore[arg-type]
