@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -192,6 +193,18 @@ def test_a_run_that_was_cut_off_is_compared_as_far_as_it_goes(tone_manifest: Man
     go_on(run_id, toy_trainer(tone_manifest), project)
     assert verify_run(run_id).has_ledger
     assert named(run_id) == []
+
+
+def test_a_ledger_holds_no_longer_than_until_the_run_goes_on(tone_manifest: Manifest, tmp_path: Path) -> None:
+    project = new_project(tmp_path)
+    run_id = run_experiment(toy_trainer(tone_manifest, stop_at=5), project).run.id
+    assert verify_run(run_id).has_ledger
+    experiment = Experiment.resume(run_id, project=project)
+    trainer = toy_trainer(tone_manifest)
+    experiment.setup_model_trainer(trainer, test_loader=trainer.val_loader)
+    vanish(experiment)
+    # What this process wrote stands in no ledger, and is no damage.
+    assert verify_run(run_id) == replace(verify_run(run_id), has_ledger=False, findings=())
 
 
 def test_a_finished_run_that_goes_on_has_no_final_weights_until_it_ends_again(

@@ -209,7 +209,6 @@ class TrackedRun:
         if base in self.artifacts_in(folder):
             # MLflow would append to it: a run that was killed at its end would show its rows twice.
             self.delete_artifact(name)
-        self._ledger.forget(name)
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         self._client.log_table(self.id, columns, name)
 
