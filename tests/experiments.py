@@ -109,7 +109,7 @@ def vanish(experiment: Experiment) -> None:
     """Leave a run as its process does that is killed: nothing more is written, nothing is told."""
     opened = experiment.opened
     opened._resources.close()
-    opened.recording.abandon()
-    opened.run.abandon()
+    opened.recording.close()
+    opened.run.deactivate()
     opened.lease._ended.set()
     opened.lease._lock.release()

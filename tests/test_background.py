@@ -1,13 +1,14 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 
 from sonosco_mlflow import background as module
-from sonosco_mlflow.background import Background
+from sonosco_mlflow.background import Background, OverdueError, within
 from sonosco_mlflow.errors import UserError
 
 LONGEST_WAIT = 10.0  # only a test that fails waits so long
@@ -219,7 +220,7 @@ def test_its_error_can_be_seen_while_it_is_away(background: Background) -> None:
     with pytest.raises(UserError, match="connection refused"):
         background.finish(patience=0.05)
     assert background.absence is error
-    assert not background.failed
+    background.check()
 
 
 def test_pauses_grow_to_a_limit_and_start_anew_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,19 +263,43 @@ def test_an_error_is_raised_at_the_next_check_and_nothing_is_done_after_it(
     if kind == "deliver":
         hand_in(partial(done.append, "after it"))
     background.check()
-    assert not background.failed
     gate.opened.set()
     with pytest.raises(type(error), match=str(error)):
         background.finish(patience=0.2)
-    assert background.failed
-    for ask in (background.check, background.finish, background.finish_writes):
+    for ask in (background.check, background.finish):
         with pytest.raises(type(error)):
             ask()
-    for hand_in in (background.write, background.deliver):
-        with pytest.raises(type(error)):
-            hand_in(partial(done.append, "more"))
+    with pytest.raises(type(error)) if kind == "write" else nullcontext():
+        hand_in(partial(done.append, "more"))
+    background.settle(patience=0.2)
     background.close()
+    background.join()
     assert done == []
+
+
+def test_a_delivery_that_fails_keeps_nothing_from_the_disk(background: Background) -> None:
+    done: list[str] = []
+    background.deliver(Failing(1, ValueError("quota exceeded"), done))
+    with pytest.raises(ValueError, match="quota exceeded"):
+        background.finish()
+    assert not background.cannot_write
+    background.write(partial(done.append, "state"))
+    background.finish_writes()
+    assert done == ["state"]
+
+
+def test_what_was_written_is_delivered_where_no_more_can_be_written(background: Background) -> None:
+    done: list[str] = []
+    gate = held(background.deliver)
+    background.deliver(partial(done.append, "rows"))
+    background.write(Failing(1, OSError("disk full"), done))
+    with pytest.raises(OSError, match="disk full"):
+        background.finish_writes()
+    assert background.cannot_write
+    beside(gate.opened.set)
+    with pytest.raises(OSError, match="disk full"):
+        background.finish()
+    assert done == ["rows"]
 
 
 def test_being_away_is_no_excuse_for_the_disk(background: Background) -> None:
@@ -294,10 +319,18 @@ def test_an_error_lets_go_who_waits_to_hand_in_a_snapshot(background: Background
     background.write(fail)
     assert gate.begun.wait(LONGEST_WAIT)
     background.write(partial(done.append, "first"))
-    second = beside(lambda: background.write(partial(done.append, "second")))
+    refused: list[BaseException] = []
+
+    def hand_in_second() -> None:
+        with pytest.raises(ValueError, match="disk full") as raised:
+            background.write(partial(done.append, "second"))
+        refused.append(raised.value)
+
+    second = beside(hand_in_second)
     assert waits(second)
     gate.opened.set()
     assert ended(second)
+    assert len(refused) == 1
     with pytest.raises(ValueError, match="disk full"):
         background.check()
     background.close()
@@ -367,6 +400,33 @@ def test_what_is_handed_in_after_the_end_is_refused_rather_than_forgotten(backgr
     for hand_in in (background.write, background.deliver):
         with pytest.raises(RuntimeError, match="closed"):
             hand_in(lambda: None)
+
+
+def test_joining_waits_for_what_is_under_way(background: Background) -> None:
+    gate = held(background.deliver)
+    background.close()
+    thread = beside(background.join)
+    assert waits(thread)
+    gate.opened.set()
+    assert ended(thread)
+
+
+# ------------------------------------------------------------------ a call in its time
+
+
+def test_a_call_gives_what_it_returns_or_raises() -> None:
+    assert within(LONGEST_WAIT, lambda: 3) == 3
+    assert within(None, lambda: None) is None
+    with pytest.raises(ValueError, match="mine"):
+        within(LONGEST_WAIT, Failing(1, ValueError("mine"), []))
+
+
+def test_a_call_that_hangs_is_left_to_itself() -> None:
+    gate = Gate()
+    with pytest.raises(OverdueError, match="no answer in 0 s"):
+        within(0.01, gate)
+    assert gate.begun.wait(LONGEST_WAIT)
+    gate.opened.set()
 
 
 # ------------------------------------------------------------------ stress

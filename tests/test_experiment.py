@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -719,8 +720,9 @@ def test_a_second_interrupt_while_stopping_leaves_at_once(
 def test_an_interrupt_in_the_very_end_leaves_a_run_that_goes_on(
     whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deliver(self: OpenRun, message: str) -> None:
+    def deliver(self: OpenRun, state: str, message: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
 
     with monkeypatch.context() as patch:
         patch.setattr(OpenRun, "_deliver_rest", deliver)

@@ -1,20 +1,27 @@
 """Work that must not hold up the training: one thread that writes to the disk, and one that delivers what was written.
 
 They are two so that a tracking server that neither answers nor refuses keeps no state from the disk. What it refuses
-for being away is tried again until it is back. Any other error is raised where the training asks for it, at its next
-step.
+for being away is tried again until it is back. Any other error ends its thread's work, not the other's, and is raised
+where the training asks for it, at its next step: a store that refuses what it is sent keeps no state from the disk
+either.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TypeVar
 
 from sonosco_mlflow.errors import UserError
 
+T = TypeVar("T")
 Task = Callable[[], object]
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
+
+
+class OverdueError(Exception):
+    """A call has not returned in its time."""
 
 
 class _Lane:
@@ -24,10 +31,12 @@ class _Lane:
         self.waiting: deque[Task] = deque()
         self.running = False
         self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
 
     @property
-    def is_idle(self) -> bool:
-        return not (self.waiting or self.running)
+    def is_settled(self) -> bool:
+        """Whether nothing of it is done any more, or will be."""
+        return not self.running and (self.error is not None or not self.waiting)
 
 
 class Background:
@@ -43,25 +52,29 @@ class Background:
         self._writes = _Lane()
         self._deliveries = _Lane()
         self._closed = False
-        self._error: BaseException | None = None
         self._pause = FIRST_PAUSE
         self._not_before = 0.0
         self.absence: Exception | None = None
         """Why deliveries wait, or None."""
 
     def write(self, task: Task) -> None:
-        """Have ``task`` done next; waits while another one is waiting, so that snapshots do not pile up."""
-        self.check()
+        """Have ``task`` done next; waits while another one is waiting, so that snapshots do not pile up.
+
+        Raises:
+            Exception: of the first task that failed to write.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._writes.waiting or self._error is not None)
+            self._changed.wait_for(lambda: not self._writes.waiting or self._writes.error is not None)
+            if self._writes.error is not None:
+                raise self._writes.error
             self._add(self._writes, task)
 
     def deliver(self, task: Task) -> None:
         """Have ``task`` done after the deliveries that were handed in before it; it must be one that can be repeated.
 
-        It may run while something is being written: what it reads may be replaced or removed meanwhile.
+        It may run while something is being written: what it reads may be replaced or removed meanwhile. After a
+        delivery that failed nothing more is delivered, which :meth:`check` tells.
         """
-        self.check()
         with self._changed:
             self._add(self._deliveries, task)
 
@@ -69,52 +82,61 @@ class Background:
         """Raise what a task raised.
 
         Raises:
-            Exception: of the first task that failed. Nothing is done after it.
+            Exception: of the first task that failed to write, or else to deliver.
         """
-        if self._error is not None:
-            raise self._error
+        for lane in (self._writes, self._deliveries):
+            if lane.error is not None:
+                raise lane.error
 
     @property
-    def failed(self) -> bool:
-        """Whether a task has failed; nothing handed in is done any more."""
-        return self._error is not None
+    def cannot_write(self) -> bool:
+        """Whether a task has failed to write; nothing handed in is written any more."""
+        return self._writes.error is not None
 
     def finish_writes(self) -> None:
         """Return when everything is on the disk.
 
         Raises:
-            Exception: of the first task that failed.
+            Exception: of the first task that failed to write.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._writes.is_idle)
-        self.check()
+            self._changed.wait_for(lambda: self._writes.is_settled)
+            if self._writes.error is not None:
+                raise self._writes.error
 
-    def finish(self, patience: float | None = None) -> None:
-        """Return when everything is delivered.
+    def settle(self, patience: float | None = None) -> None:
+        """Return when everything is delivered that can be.
 
         Args:
             patience: seconds to wait for the other side, or None for as long as it takes.
 
         Raises:
             UserError: patience came to its end.
-            Exception: of the first task that failed.
         """
         lanes = (self._writes, self._deliveries)
         with self._changed:
-            done = self._changed.wait_for(
-                lambda: self._error is not None or all(lane.is_idle for lane in lanes), patience
-            )
+            done = self._changed.wait_for(lambda: all(lane.is_settled for lane in lanes), patience)
             count = sum(len(lane.waiting) + lane.running for lane in lanes)
-        self.check()
         if not done:
             reason = self.absence or "no answer"
             raise UserError(f"{count} deliveries have waited {patience:.0f} s: {reason}")
 
+    def finish(self, patience: float | None = None) -> None:
+        """Return when everything is delivered; as :meth:`settle`, and raises what :meth:`check` does."""
+        self.settle(patience)
+        self.check()
+
     def close(self) -> None:
-        """End the threads; what is not done by now stays undone."""
+        """Tell the threads to end; what they have not begun by now stays undone."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def join(self) -> None:
+        """Return when the threads of a closed Background have ended what they were at."""
+        for lane in (self._writes, self._deliveries):
+            if lane.thread is not None:
+                lane.thread.join()
 
     def _add(self, lane: _Lane, task: Task) -> None:
         if self._closed:
@@ -140,7 +162,7 @@ class Background:
         with self._changed:
             while not self._closed:
                 pause = self._not_before - time.monotonic() if lane is self._deliveries else 0.0
-                if self._error is None and lane.waiting and pause <= 0:
+                if lane.error is None and lane.waiting and pause <= 0:
                     # Taken away at once: whoever waits to hand in the next snapshot may now.
                     lane.running = True
                     self._changed.notify_all()
@@ -164,5 +186,35 @@ class Background:
                 self._not_before = time.monotonic() + self._pause
                 self._pause = min(2 * self._pause, LONGEST_PAUSE)
             else:
-                self._error = error
+                lane.error = error
             self._changed.notify_all()
+
+
+def within(seconds: float | None, task: Callable[[], T]) -> T:
+    """Return what ``task`` returns, which is done in a thread of its own: a call that hangs, hangs there.
+
+    Args:
+        seconds: to wait for it, or None for as long as it takes.
+        task: what is to be done; it goes on after its time, unless the process ends.
+
+    Raises:
+        OverdueError: it took longer.
+        Exception: whatever it raised.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(task())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="sonosco-within", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise OverdueError(f"no answer in {seconds:.0f} s")
+    return results[0]

@@ -16,8 +16,12 @@ class UserError(Exception):
 
 
 def describe_failure(error: Exception) -> str:
-    """Return the message of ``error`` for a reader, with its class where it is none of ours."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    """Return the message of ``error`` for a reader, with its class where it is none of ours.
+
+    It can be written anywhere: half characters, as in a file name that is no UTF-8, are spelled out.
+    """
+    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return message.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -17,7 +17,9 @@ only the first of them differs:
 import hashlib
 import re
 import sys
+import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGINT
 from typing import Self, TypeVar
@@ -27,7 +29,7 @@ import torch
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config, flatten
 from sonosco_mlflow.data.loader import AudioDataLoader
-from sonosco_mlflow.errors import UserError, describe_failure
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.tracking.lease import Lease
@@ -35,10 +37,11 @@ from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
+from sonosco_mlflow.tracking.provenance import Provenance
 from sonosco_mlflow.tracking.resumption import Resumption
-from sonosco_mlflow.tracking.segments import BRANCH, RECORD, Segment
+from sonosco_mlflow.tracking.segments import BRANCH
 from sonosco_mlflow.tracking.store import connect
-from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, FOLDER, WEIGHTS_DIGEST
+from sonosco_mlflow.tracking.tags import FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
@@ -93,6 +96,10 @@ class Experiment:
         self._checkpoint: ModelCheckpoint | None = None
         self._test_loader: AudioDataLoader | None = None
         self._in_block = False
+        # The thread that trains, if one does.
+        self._thread: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._stop_requested = False
 
     @property
     def is_open(self) -> bool:
@@ -134,16 +141,18 @@ class Experiment:
             lease = Lease.take(run.id)
             lease.start()
             origin = Origin.take(config, project)
-            run.set_tags(origin.tags())
             run.log_parameters(dict(flatten(origin.settings)))
             origin.log(run)
+            # By these it is found as one that can be continued: what that needs stands by now.
+            run.set_tags(origin.tags())
+            return cls(run, lease, serializer or Serializer(), project / "runs" / place, origin)
         except BaseException as error:
-            state, failure = _state_after(error)
-            run.end(state, "" if failure is None else describe_failure(failure))
+            with suppress(Exception):
+                # This error is the one to tell.
+                run.end_after(error)
             if lease is not None:
                 lease.release()
             raise
-        return cls(run, lease, serializer or Serializer(), project / "runs" / place, origin)
 
     @classmethod
     def resume(
@@ -206,8 +215,9 @@ class Experiment:
         """
         self._trainer = trainer
         self._test_loader = test_loader
-        self._lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
-        digests = {**self.origin.digests, **data_digests(trainer, self._lineage)}
+        lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
+        provenance = Provenance(self.origin, lineage)
+        digests = {**self.origin.digests, **data_digests(trainer, lineage)}
         self.history = _own(trainer, History) or self.history
         if self.history not in trainer.callbacks:
             trainer.callbacks.insert(0, self.history)
@@ -220,16 +230,17 @@ class Experiment:
                 trainer.callbacks.append(self._checkpoint)
         self.opened.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard)
         if self.resumption is None:
-            self._log_beginning()
+            provenance.log_data(self.run)
+            self.opened.describe()
             return
         try:
-            self.resumption.check(self.origin, digests, self._lineage)
+            self.resumption.check(self.origin, digests, lineage)
             self.resumption.restore(trainer)
         except BaseException:
             self.opened.close("failed")
             raise
         if not (self.resumption.was_finished and trainer.finished):
-            self._go_on(self.resumption, trainer)
+            self._go_on(self.resumption, trainer, provenance)
 
     def start(self) -> None:
         """Train to the end, evaluate, and keep everything in MLflow. A finished run with nothing to do is left alone.
@@ -247,17 +258,30 @@ class Experiment:
             self.run.leave()
             self.opened.close("finished")
             return
+        self._idle.clear()
+        self._thread = threading.current_thread()
         try:
-            trainer.start_training()
-            self._finish(trainer)
+            with self.run.active():
+                trainer.start_training()
+                self._finish(trainer)
+            if not self._in_block:
+                self.opened.close("finished")
+        except KeyboardInterrupt:
+            if not self._stop_requested:
+                raise
+            self.stop()
         except Exception as error:
             self.opened.close("failed", error)
             raise
-        if not self._in_block:
-            self.opened.close("finished")
+        finally:
+            self._thread = None
+            self._idle.set()
 
     def stop(self) -> None:
         """Keep the trainer's whole state in MLflow and end the run as interrupted; training can go on from there.
+
+        While :meth:`start` runs in another thread, it stops at its next step, and returns; so does this, when the run
+        has ended.
 
         Raises:
             LeaveAtOnce: an interrupt from the keyboard while it is at it; what is saved by then stays saved.
@@ -266,13 +290,19 @@ class Experiment:
             self.opened.leave()
             return
         trainer = self._required_trainer()
+        if self._thread not in (None, threading.current_thread()):
+            self._stop_requested = True
+            trainer.interrupt()
+            self._idle.wait()
+            return
         try:
             # A launcher's SIGTERM behind the SIGINT must not cut this off; the user's second SIGINT may.
             with deferred_interrupts(obeyed=SIGINT):
                 self._save(trainer)
                 self.opened.close("interrupted")
         except LeaveAtOnce:
-            self.opened.leave()
+            if self.is_open:
+                self.opened.leave()
             raise
 
     def _save(self, trainer: ModelTrainer) -> None:
@@ -300,43 +330,23 @@ class Experiment:
         else:
             self.opened.close("interrupted")
 
-    def _go_on(self, resumption: Resumption, trainer: ModelTrainer) -> None:
+    def _go_on(self, resumption: Resumption, trainer: ModelTrainer, provenance: Provenance) -> None:
         """Open the run again, with everything as it was at the checkpoint."""
-        segment = resumption.next_segment()
-        self.run.reopen()
-        self.opened.is_open = True
-        if self._checkpoint is not None and segment.branches:
-            self._checkpoint.digests[BRANCH] = str(segment.branch)
-        kept = frozenset() if self._checkpoint is None else self._checkpoint.kept
         try:
-            self.opened.recording.resume(resumption, segment, trainer.progress.micro_step, kept)
-            self._log_segment(resumption, segment)
+            segment = resumption.next_segment()
+            rows = resumption.rows(self.history)
+            self.opened.is_open = True
+            self.run.reopen()
+            if self._checkpoint is not None and segment.branches:
+                self._checkpoint.digests[BRANCH] = str(segment.branch)
+            kept = frozenset() if self._checkpoint is None else self._checkpoint.kept
+            recording = self.opened.recording
+            recording.resume(rows, resumption.records, segment, trainer.progress.micro_step, kept)
+            provenance.log_segment(self.run, segment, resumption.checkpoint)
+            self.opened.describe()
         except BaseException as error:
             self.opened.close(*_state_after(error))
             raise
-
-    # ------------------------------------------------------------------ what goes to MLflow, and when
-
-    def _log_beginning(self) -> None:
-        """Log what is known of a new run before its first step."""
-        self.run.set_tags(self._lineage.tags())
-        self._lineage.log(self.run)
-        self.run.adopt_data_runs(self._lineage.digest)
-        self.opened.describe()
-
-    def _log_segment(self, resumption: Resumption, segment: Segment) -> None:
-        """Log what a segment goes on from; its record last, which says that the rest is there."""
-        self.origin.log(self.run, segment.folder)
-        self._lineage.log(self.run, segment.folder)
-        self.run.log_text(segment.record(resumption.checkpoint), f"{segment.folder}{RECORD}")
-        # What follows shows the run as it now is; a resume does not read it.
-        self.origin.log_recipe(self.run)
-        self.run.set_tags({**self.origin.tags(), **self._lineage.tags()})
-        changed = {name for branch in segment.branches for name in branch.changes}
-        if changed:
-            self.run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})
-        self.run.adopt_data_runs(self._lineage.digest)
-        self.opened.describe()
 
     def _finish(self, trainer: ModelTrainer) -> None:
         if self._test_loader is not None:

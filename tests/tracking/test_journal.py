@@ -117,7 +117,7 @@ def test_a_last_line_that_a_crash_cut_short_is_no_row(tmp_path: Path, torn: byte
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_bytes(Row(1, 1, 7, {"a": 1.0}).line() + broken + b"\n" + Row(3, 3, 8).line())
-    with pytest.raises(UserError, match=r"journal\.jsonl:2: not a row of a journal .*remove the file"):
+    with pytest.raises(UserError, match=r"journal\.jsonl:2: not a row of a journal "):
         read_rows(path)
 
 

@@ -5,6 +5,7 @@ from unittest.mock import Mock
 import pytest
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.journal import Row, read_rows
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
 from sonosco_mlflow.tracking.recording import Recording
@@ -53,3 +54,41 @@ def test_nothing_is_delivered_to_a_run_that_belongs_to_another_process(tmp_path:
                 deliver()
         assert run.artifacts_in("") == []
         assert metric_records(run.id) == {}
+
+
+def test_no_row_is_in_the_journal_that_mlflow_keeps_and_not_among_its_metrics(tmp_path: Path) -> None:
+    """Training goes on meanwhile; a run that is killed then is one that can be verified."""
+    with TrackedRun.open("Default", "train") as run:
+        recording = Recording(run, Mock(Lease), tmp_path / "run")
+        log_rows = run.log_rows
+
+        def slow(rows: list[Row]) -> None:
+            log_rows(rows)
+            recording.journal.write(2, 2, {"train_loss": 1.0})
+
+        run.log_rows = slow  # type: ignore[method-assign]
+        recording.journal.write(1, 1, {"train_loss": 2.0})
+        recording._deliver_journal()
+    (row,) = read_rows(download(run.id, "journal.jsonl", tmp_path))
+    assert {(name, row.step) for name in row.metrics} == {*metric_records(run.id)} == {("train_loss", 1)}
+
+
+def test_closing_waits_for_the_delivery_that_is_under_way(tmp_path: Path) -> None:
+    """What is kept of the run afterwards, its ledger, is to have all that was delivered."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def deliver() -> None:
+        begun.set()
+        assert may_end.wait(30)
+
+    with TrackedRun.open("Default", "train") as run:
+        recording = Recording(run, Mock(Lease), tmp_path / "run")
+        recording.background.deliver(deliver)
+        assert begun.wait(30)
+        closing = threading.Thread(target=recording.close)
+        closing.start()
+        closing.join(0.1)
+        assert closing.is_alive()
+        may_end.set()
+        closing.join(30)
+        assert not closing.is_alive()

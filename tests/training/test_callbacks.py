@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -383,3 +384,12 @@ def test_where_checkpoints_lie_is_not_written_down(tmp_path: Path) -> None:
     documents = [Serializer().describe(package.ModelCheckpoint(folder)) for folder in (None, tmp_path / "a", "b")]
     assert documents[0] == documents[1] == documents[2]
     assert Deserializer().build(documents[0]).directory is None
+
+
+def test_a_metric_has_one_value_a_step_in_the_history_however_often_it_comes() -> None:
+    """A run that is continued records again what came after the step at which it was stopped."""
+    history, trainer = History(), Mock()
+    for step, value in ((1, 0.5), (2, 0.25), (2, 0.125)):
+        trainer.progress.step = step
+        history.on_metrics(trainer, {"drawn": value})
+    assert history.curve("drawn") == ([1, 2], [0.5, 0.125])

@@ -100,18 +100,32 @@ def newest_checkpoint(segment: Segment, directory: Path) -> Checkpoint | None:
     stored = set(artifact_names(segment.run_id, CHECKPOINTS))
     names = {name for name in stored | {path.name for path in checkpoints_in(directory)} if position_of(name)}
     for name in sorted(names, key=position_of, reverse=True):  # type: ignore[arg-type]
-        if (directory / name).exists():
-            try:
-                return _belonging(read_checkpoint(directory / name), segment)
-            except BrokenCheckpointError as error:
-                aside = quarantine(directory / name)
-                warnings.warn(f"passed over a checkpoint: {error}; it is put aside as {aside.name}", stacklevel=2)
+        here = _read_or_put_aside(directory / name, segment) if (directory / name).exists() else None
+        if here is not None:
+            return here
         if name in stored:
             try:
                 return _fetch(segment, name, directory)
             except BrokenCheckpointError as error:
                 warnings.warn(f"passed over a checkpoint of run {segment.run_id}: {error}", stacklevel=2)
     return None
+
+
+def put_aside_others(segment: Segment, directory: Path) -> list[Path]:
+    """Return the checkpoints in ``directory`` that lie on the way of a segment, oldest first; the others are put aside.
+
+    They may have been left by an earlier process of the run on this machine, while it went on elsewhere.
+    """
+    return [path for path in checkpoints_in(directory) if _read_or_put_aside(path, segment) is not None]
+
+
+def _read_or_put_aside(path: Path, segment: Segment) -> Checkpoint | None:
+    try:
+        return _belonging(read_checkpoint(path), segment)
+    except BrokenCheckpointError as error:
+        aside = quarantine(path)
+        warnings.warn(f"passed over a checkpoint: {error}; it is put aside as {aside.name}", stacklevel=3)
+        return None
 
 
 def _belonging(checkpoint: Checkpoint, segment: Segment) -> Checkpoint:

@@ -95,7 +95,7 @@ def list_trainings() -> list[RunLine]:
 def _headline(run: Run, line: RunLine) -> str:
     tags = run.data.tags
     lines = [f"**{line.name or line.run_id}** is {line.state}, begun {line.begun:%Y-%m-%d %H:%M} UTC"]
-    if run.info.end_time and line.state != "running":
+    if run.info.end_time and line.state not in ("running", VANISHED):
         lines.append(f"took {timedelta(seconds=(run.info.end_time - run.info.start_time) // 1000)}")
     if line.step is not None:
         lines.append(f"kept up to step {line.step}")

@@ -11,7 +11,7 @@ import posixpath
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from sonosco_mlflow.serialization.state import encode_float
 from sonosco_mlflow.training.callbacks.base import Callback, is_timing
 
 if TYPE_CHECKING:
+    from sonosco_mlflow.training.callbacks.history import History
     from sonosco_mlflow.training.trainer import ModelTrainer
 
 # A store's batch costs as much as one row does: rows are sent together, and still soon enough to watch.
@@ -100,10 +101,27 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows.append(Row.read(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{path}:{number}: not a row of a journal ({error}); remove the file, and the run's artifact is used"
-            ) from error
+            raise UserError(f"{path}:{number}: not a row of a journal ({error})") from error
     return rows
+
+
+def missing_row(rows: Iterable[Row], history: "History") -> str | None:
+    """Return the first metric of ``history`` that ``rows`` lack, as "train_loss at step 12", or None.
+
+    Of the last step only the loss is asked for. Callbacks may have recorded more after it, as an epoch began or the
+    training ended; no checkpoint counts that, and it is made again.
+    """
+    written = {(name, row.step): value for row in rows for name, value in row.metrics.items()}
+    curves = {name: history.curve(name) for name in history.names()}
+    last = max((steps[-1] for steps, _ in curves.values()), default=0)
+    for name, (steps, values) in curves.items():
+        for step, value in zip(steps, values, strict=True):
+            if step == last and name != "train_loss":
+                continue
+            found = written.get((name, step))
+            if found is None or found.hex() != float(value).hex():
+                return f"{name} at step {step}"
+    return None
 
 
 class Journal(Callback, is_part_of_trainer=False):
@@ -165,7 +183,8 @@ class Journal(Callback, is_part_of_trainer=False):
 
     def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
         """Write a row with a text at the trainer's position."""
-        self._append(Row(trainer.position, trainer.progress.step, _now(), texts={name: text}))
+        with self._lock:
+            self._append(Row(trainer.position, trainer.progress.step, _now(), texts={name: text}))
 
     def write(self, micro_step: int, step: int, metrics: Mapping[str, float]) -> None:
         """Write a row of metrics.
@@ -183,10 +202,10 @@ class Journal(Callback, is_part_of_trainer=False):
                 )
             self._last_steps[name] = step
         row = self._compared(Row(micro_step, step, _now(), {name: float(value) for name, value in metrics.items()}))
-        self._append(row)
         missing = self._not_recorded(row)
-        if missing.metrics:
-            with self._lock:
+        with self._lock:
+            self._append(row)
+            if missing.metrics:
                 self._unsent.append(missing)
 
     def on_safe_point(self, trainer: "ModelTrainer") -> None:
@@ -198,6 +217,11 @@ class Journal(Callback, is_part_of_trainer=False):
     def on_train_end(self, trainer: "ModelTrainer") -> None:
         """Hand on the rest."""
         self.deliver(self.flush)
+
+    def content(self) -> bytes:
+        """Return the file as it now is; a row in it has been sent, or is sent by the next :meth:`flush`."""
+        with self._lock:
+            return self.path.read_bytes() if self.path.exists() else b""
 
     def sync(self) -> None:
         """Return when every row is on the disk."""

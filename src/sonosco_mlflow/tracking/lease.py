@@ -190,6 +190,9 @@ def condition(run: Run, *, host: str | None = None, now: Clock = utc_now, locks:
     state: str = tags.get(STATE, "unknown")
     if state != "running" or HOST not in tags:
         return state
+    if tags.get(OWNER) == "":
+        # Let go of by a process that could not tell how the run ended.
+        return VANISHED
     if _is_here(tags, host or socket.gethostname(), locks):
         lives = HostLock(run.info.run_id, locks).is_held()
     else:

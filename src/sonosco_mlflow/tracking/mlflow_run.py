@@ -8,15 +8,14 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import mlflow
 from mlflow.data import sources
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.tracking import fluent
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_REPO_URL,
     MLFLOW_PARENT_RUN_ID,
@@ -27,11 +26,21 @@ from mlflow.utils.mlflow_tags import (
 
 from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
+from sonosco_mlflow.tracking.active_run import SECONDS_FOR_THE_MONITOR, Activation, active_here
 from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
 from sonosco_mlflow.tracking.secrecy import without_credentials
 from sonosco_mlflow.tracking.store import artifact_names
-from sonosco_mlflow.tracking.tags import DATA_DIGEST, ERROR, KIND, LEDGER_DIGEST, SEGMENTS, STATE, WEIGHTS_DIGEST
+from sonosco_mlflow.tracking.tags import (
+    DATA_DIGEST,
+    DESCRIPTION_DIGEST,
+    ERROR,
+    KIND,
+    LEDGER_DIGEST,
+    SEGMENTS,
+    STATE,
+    WEIGHTS_DIGEST,
+)
 
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
@@ -46,7 +55,7 @@ class TrackedRun:
     """A run that is open for writing; a context manager that records how it ended.
 
     Args:
-        run: MLflow's run, active.
+        run: MLflow's run.
         record: id of the run that ``mlflow run`` made for the process that continues ``run``, or None.
 
     Attributes:
@@ -58,9 +67,11 @@ class TrackedRun:
         self.experiment_id: str = run.info.experiment_id
         self.artifact_uri: str = run.info.artifact_uri
         self.segment = int(run.data.tags.get(SEGMENTS, "1"))
+        self._run = run
         self._record = record
         self._ledger = Ledger(self.id)
         self._client = mlflow.MlflowClient()
+        self._activation: Activation | None = None
 
     @classmethod
     def open(cls, experiment: str, kind: str, name: str | None = None) -> "TrackedRun":
@@ -71,19 +82,23 @@ class TrackedRun:
             kind: ``train``, ``data`` or ``evaluate``, kept as a tag.
             name: how the UI calls it; a short piece of the id is added, so that it is unique.
         """
-        nested = mlflow.active_run() is not None
-        launched = os.environ.pop("MLFLOW_RUN_ID", None)
-        if launched:
-            active = mlflow.start_run(run_id=launched, nested=nested, log_system_metrics=kind == "train")
-        else:
+        launched = os.environ.pop("MLFLOW_RUN_ID", None) or None
+        if launched is None:
             mlflow.set_experiment(experiment)
-            active = mlflow.start_run(nested=nested, log_system_metrics=kind == "train")
-        run = cls(active)
-        run.set_tags({KIND: kind, STATE: "running", MLFLOW_RUN_NAME: f"{name or kind}-{run.id[:6]}"})
-        # The launcher notes the address of the repository as it was given.
-        addresses = {key: active.data.tags[key] for key in _ADDRESSES if key in active.data.tags}
-        clean = {key: without_credentials(address) for key, address in addresses.items()}
-        run.set_tags({key: clean[key] for key in clean if clean[key] != addresses[key]})
+        activation = Activation(launched, monitored=kind == "train")
+        run = cls(activation.run)
+        run._activation = activation
+        try:
+            run.set_tags({KIND: kind, STATE: "running", MLFLOW_RUN_NAME: f"{name or kind}-{run.id[:6]}"})
+            # The launcher notes the address of the repository as it was given.
+            given = activation.run.data.tags
+            addresses = {key: given[key] for key in _ADDRESSES if key in given}
+            clean = {key: without_credentials(address) for key, address in addresses.items()}
+            run.set_tags({key: clean[key] for key in clean if clean[key] != addresses[key]})
+        except BaseException as error:
+            with suppress(Exception):
+                run.end_after(error)
+            raise
         return run
 
     @classmethod
@@ -112,7 +127,7 @@ class TrackedRun:
     def reopen(self) -> None:
         """Open the run for writing again, as its next segment."""
         os.environ.pop("MLFLOW_RUN_ID", None)
-        mlflow.start_run(run_id=self.id, nested=mlflow.active_run() is not None, log_system_metrics=True)
+        self._activation = Activation(self.id, monitored=True)
         self.segment += 1
         self.set_tags({STATE: "running", SEGMENTS: str(self.segment)})
         self.open_ledger()
@@ -130,12 +145,17 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; a value that is too long for the store is cut, visibly."""
         for key, value in tags.items():
-            cut = value if len(value) <= LONGEST_TAG else value[: LONGEST_TAG - 4] + " ..."
-            self._client.set_tag(self.id, key, cut)
+            self._client.set_tag(self.id, key, _cut(value))
 
     def describe(self, markdown: str) -> None:
-        """Set the run's description, shown by the UI as Markdown."""
-        self.set_tags({MLFLOW_RUN_NOTE: markdown})
+        """Set the run's description, shown by the UI as Markdown, unless the user has written another."""
+        tags = self._client.get_run(self.id).data.tags
+        if MLFLOW_RUN_NOTE in tags and _text_digest(tags[MLFLOW_RUN_NOTE]) != tags.get(DESCRIPTION_DIGEST):
+            return
+        text = _cut(markdown)
+        written = {MLFLOW_RUN_NOTE: text, DESCRIPTION_DIGEST: _text_digest(text)}
+        # At once: one without the other would make it the user's.
+        self._client.log_batch(self.id, tags=[RunTag(key, value) for key, value in written.items()])
 
     def rename(self, name: str) -> None:
         """Give the run another name in the UI; a short piece of its id is added."""
@@ -243,7 +263,12 @@ class TrackedRun:
         # MLflow makes the class when it is imported, which a type checker cannot see.
         source = sources.LocalArtifactDatasetSource(str(path.resolve()))  # type: ignore[attr-defined]
         dataset = MetaDataset(source, name=name, digest=digest[:36])  # type: ignore[abstract]
-        mlflow.log_input(dataset, context=context)
+        with self.active():
+            mlflow.log_input(dataset, context=context)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Return a block that logs to this run what it logs to MLflow's active run, in whichever thread it runs."""
+        return active_here(self._run)
 
     def __enter__(self) -> "TrackedRun":
         return self
@@ -253,11 +278,12 @@ class TrackedRun:
             if error is None:
                 self.close_ledger()
         except BaseException as failure:
-            self._end_after(failure)
+            self.end_after(failure)
             raise
-        self._end_after(error)
+        self.end_after(error)
 
-    def _end_after(self, error: BaseException | None) -> None:
+    def end_after(self, error: BaseException | None) -> None:
+        """End the run as what ``error`` says: failed, interrupted, or, without one, finished."""
         if error is None:
             self.end("finished")
         elif isinstance(error, Exception):
@@ -267,29 +293,31 @@ class TrackedRun:
 
     def end(self, state: str, message: str = "") -> None:
         """End the run as ``finished``, ``interrupted`` (by a signal; it can be continued) or ``failed``."""
+        above = self.deactivate()
         if message:
             self.set_tags({ERROR: message})
-        while (active := mlflow.active_run()) is not None and active.info.run_id != self.id:
-            # A run of the user's below this one, left open.
-            mlflow.end_run(STATUS[state])
-        mlflow.end_run(STATUS[state])
+        for run_id in [*above, self.id]:
+            self._client.set_terminated(run_id, STATUS[state])
         # Last: a process that is killed before it leaves a run that is seen to have vanished, and can be continued.
         self.set_tags({STATE: state})
         self._end_record(state)
 
-    def abandon(self) -> None:
-        """Leave the run to another process, without a word to the tracking store: ending it is not this one's."""
-        # MLflow offers no way to leave an active run without setting its status, which it also does at exit.
-        stack = fluent._active_run_stack.get()  # type: ignore[no-untyped-call]
-        stack[:] = [active for active in stack if active.info.run_id != self.id]
-        monitor = fluent.run_id_to_system_metrics_monitor.pop(self.id, None)
-        if monitor is not None:
-            monitor.finish()
+    def deactivate(self, patience: float = SECONDS_FOR_THE_MONITOR) -> list[str]:
+        """Make it MLflow's active run no more; the tracking store is told nothing. See :meth:`Activation.leave`."""
+        return [] if self._activation is None else self._activation.leave(patience)
 
     def _end_record(self, state: str) -> None:
         if self._record is not None:
             self._client.set_terminated(self._record, STATUS[state])
             self._client.set_tag(self._record, STATE, state)
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= LONGEST_TAG else value[: LONGEST_TAG - 4] + " ..."
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def new_run(experiment_id: str, tags: Mapping[str, str], parent: str) -> str:

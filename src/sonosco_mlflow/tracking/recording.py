@@ -4,18 +4,17 @@ Everything is on this machine's disk first, the journal before the checkpoint th
 then delivered beside the training: rows, the journal, a checkpoint's files, its manifest, the tag that names it.
 """
 
-import tempfile
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sonosco_mlflow.background import Background
-from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, checkpoints_in
-from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
-from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Row
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
+from sonosco_mlflow.tracking.checkpoints import put_aside_others, upload_checkpoint
+from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Records, Row
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.resumption import Resumption
 from sonosco_mlflow.tracking.segments import Segment
 from sonosco_mlflow.tracking.store import is_away
 from sonosco_mlflow.tracking.tensorboard import TensorBoard
@@ -33,45 +32,55 @@ class Recording(Callback, is_part_of_trainer=False):
         run: where it is delivered to.
         lease: this process's right to write to it.
         folder: the run's own files.
+        is_current: whether its files are the run's, as those of a new run are; else :meth:`resume` makes them so.
     """
 
-    def __init__(self, run: TrackedRun, lease: Lease, folder: Path) -> None:
+    def __init__(self, run: TrackedRun, lease: Lease, folder: Path, *, is_current: bool = True) -> None:
         self.run = run
         self.lease = lease
         self.folder = folder
         self.background = Background(is_away)
         self.journal = Journal(folder / JOURNAL, self._deliver_rows, self.background.deliver)
         self.board: TensorBoard | None = None
+        self._is_current = is_current
+        self._detach = ExitStack()
 
     def attach(self, trainer: "ModelTrainer", checkpoint: ModelCheckpoint | None, *, tensorboard: bool) -> None:
         """Record what ``trainer`` does, and keep what ``checkpoint`` saves."""
-        trainer.attach(self)
-        trainer.attach(self.journal)
+        observers: list[Callback] = [self, self.journal]
         if tensorboard:
             self.board = TensorBoard(self.folder / "tensorboard")
-            trainer.attach(self.board)
+            observers.append(self.board)
+        for observer in observers:
+            trainer.attach(observer)
+            self._detach.callback(trainer.observers.remove, observer)
         if checkpoint is not None:
             checkpoint.directory = self.folder / CHECKPOINTS
             checkpoint.background = self.background
+            self._detach.callback(setattr, checkpoint, "background", None)
             checkpoint.before_writing.append(self.journal.sync)
+            self._detach.callback(checkpoint.before_writing.remove, self.journal.sync)
             checkpoint.listeners.append(self._deliver_checkpoint)
+            self._detach.callback(checkpoint.listeners.remove, self._deliver_checkpoint)
 
-    def resume(self, resumption: Resumption, segment: Segment, micro_step: int, kept: frozenset[str]) -> None:
+    def resume(
+        self, rows: list[Row], records: Records, segment: Segment, micro_step: int, kept: frozenset[str]
+    ) -> None:
         """Take back what was recorded after the checkpoint, and deliver what MLflow lacks of the rest.
 
         Args:
-            resumption: the run that goes on.
+            rows: the journal of the run that goes on.
+            records: what MLflow has of it.
             segment: what this process is of it.
             micro_step: batches trained on at the checkpoint.
             kept: names of the checkpoints that the state keeps.
         """
-        with tempfile.TemporaryDirectory() as scratch:
-            rows = resumption.rows(Path(scratch)) if micro_step else []
-        rows = self.journal.resume(rows, micro_step, resumption.records, differs_until=segment.differs_until)
+        rows = self.journal.resume(rows, micro_step, records, differs_until=segment.differs_until)
         if self.board is not None:
             self.board.rewrite(rows)
+        self._is_current = True
         self.background.deliver(self.journal.flush)
-        standing = checkpoints_in(self.folder / CHECKPOINTS)
+        standing = put_aside_others(segment, self.folder / CHECKPOINTS)
         names = kept | {path.name for path in standing}
         for path in standing:
             self.background.deliver(partial(self._deliver_checkpoint, path, names, verify=True))
@@ -91,12 +100,24 @@ class Recording(Callback, is_part_of_trainer=False):
         self.background.deliver(self.journal.flush)
         self.background.finish(patience)
 
-    def close(self) -> None:
-        """Close the files and deliver what is written at the end: the whole journal, TensorBoard's events."""
+    def stop(self) -> None:
+        """Let go of the trainer, and begin nothing more of what waits to be delivered."""
+        self._detach.close()
         self.background.close()
+
+    def close(self) -> None:
+        """Stop, wait for what was begun, and close the files."""
+        self.stop()
+        self.background.join()
         self.journal.close()
         if self.board is not None:
             self.board.close()
+
+    def deliver_end(self) -> None:
+        """Deliver what is written at the end: the whole journal, TensorBoard's events."""
+        if not self._is_current:
+            return
+        if self.board is not None:
             self.run.replace_folder(self.board.directory, "tensorboard")
         self._deliver_journal()
         if self.run.segment > 1:
@@ -104,24 +125,19 @@ class Recording(Callback, is_part_of_trainer=False):
             metrics = {f"{RESUME_METRICS}{name}": float(len(steps)) for name, steps in counts.items()}
             self.run.log_metrics(metrics, step=self.run.segment)
 
-    def abandon(self) -> None:
-        """Close the files, and deliver nothing: the run belongs to another process."""
-        self.background.close()
-        self.journal.close()
-        if self.board is not None:
-            self.board.close()
-
     def _deliver_rows(self, rows: list[Row]) -> None:
         self.lease.confirm()
         self.run.log_rows(rows)
 
     def _deliver_checkpoint(self, directory: Path, kept: frozenset[str], verify: bool = False) -> None:
         self.lease.confirm()
-        self.journal.flush()
         self._deliver_journal()
         upload_checkpoint(self.run, directory, kept, verify=verify)
 
     def _deliver_journal(self) -> None:
-        if self.journal.path.exists():
-            # As it is now: a file that grows on its way is more than its announced length, which confuses a server.
-            self.run.log_bytes(self.journal.path.read_bytes(), JOURNAL)
+        # As it was at one moment: a file that grows on its way is more than its announced length, which confuses a
+        # server. Read first: no row is in the journal that is not in MLflow.
+        content = self.journal.content()
+        self.journal.flush()
+        if content:
+            self.run.log_bytes(content, JOURNAL)

@@ -1,6 +1,7 @@
 """A run that is to go on: what it kept, what its state belongs to, and whether what is here is still that."""
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,13 @@ from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
-from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, read_rows
+from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, missing_row, read_rows
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.segments import BRANCH, Segment, newest_segment
-from sonosco_mlflow.tracking.store import download, find_run
+from sonosco_mlflow.tracking.store import download, find_run, is_away
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
@@ -34,6 +35,7 @@ from sonosco_mlflow.tracking.tags import (
 )
 
 if TYPE_CHECKING:
+    from sonosco_mlflow.training.callbacks.history import History
     from sonosco_mlflow.training.trainer import ModelTrainer
 
 
@@ -163,16 +165,47 @@ class Resumption:
                 "of epochs from the start, and would have taken another way; begin a new run"
             )
 
-    def rows(self, scratch: Path) -> list[Row]:
+    def rows(self, history: "History") -> list[Row]:
         """Return the rows of the journal that belongs to the checkpoint: MLflow's, where the checkpoint is there too.
 
-        This machine's own may be of a way that the run has left.
+        This machine's own may be of a way that the run has left, or of an earlier day.
+
+        Args:
+            history: every metric that the checkpoint knows of; the journal is to have them all.
+
+        Raises:
+            UserError: what there is of the journal is damaged, or ends before the checkpoint.
         """
-        assert self.checkpoint is not None
+        if self.checkpoint is None:
+            return []
         directory = self.checkpoint.directory
+        places: dict[str, Callable[[], list[Row]]] = {}
         if is_delivered(self.tracked, directory.name, (directory / MANIFEST).read_bytes()):
-            return read_rows(download(self.tracked.id, JOURNAL, scratch))
-        return read_rows(self.folder / JOURNAL)
+            places[f"runs:/{self.tracked.id}/{JOURNAL}"] = self._delivered_rows
+        places[str(self.folder / JOURNAL)] = lambda: read_rows(self.folder / JOURNAL)
+        problems = []
+        for place, read in places.items():
+            try:
+                rows = read()
+            except UserError as error:
+                if is_away(error):
+                    raise
+                problems.append(str(error))
+            else:
+                lacks = missing_row(rows, history)
+                if lacks is None:
+                    return rows
+                problems.append(f"{place}: lacks {lacks}")
+        raise UserError(
+            f"run {self.tracked.id} cannot go on from {directory.name}, whose metrics are not all in its journal:\n"
+            + "".join(f"  {problem}\n" for problem in problems)
+            + f"Put {JOURNAL} back as it was; or move {directory} elsewhere, and {CHECKPOINTS}/{directory.name} out of "
+            "the run's artifacts if it is there: then the run goes on from the checkpoint before it"
+        )
+
+    def _delivered_rows(self) -> list[Row]:
+        with tempfile.TemporaryDirectory() as scratch:
+            return read_rows(download(self.tracked.id, JOURNAL, Path(scratch)))
 
     def next_segment(self) -> Segment:
         """Return the segment that this process is about to be."""

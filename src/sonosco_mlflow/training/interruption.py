@@ -47,6 +47,10 @@ class Interruption:
             raise LeaveAtOnce
         self.requested = self.requested or signal.Signals(number)
 
+    def request(self) -> None:
+        """Ask for an interrupt as SIGINT does; from any thread."""
+        self.requested = self.requested or signal.SIGINT
+
     def raise_if_requested(self) -> None:
         """Raise what was noted: :class:`KeyboardInterrupt`, or :class:`Terminated` for SIGTERM."""
         requested, self.requested = self.requested, None
@@ -57,24 +61,28 @@ class Interruption:
 
 
 @contextmanager
-def deferred_interrupts(obeyed: signal.Signals | None = None) -> Iterator[Interruption]:
-    """Put off signals while the block runs; the caller asks the :class:`Interruption` at its safe points.
+def deferred_interrupts(
+    interruption: Interruption | None = None, *, obeyed: signal.Signals | None = None
+) -> Iterator[Interruption]:
+    """Put off signals while the block runs; the caller asks ``interruption`` at its safe points.
 
     Outside the main thread Python delivers no signals, and nothing is changed.
 
     Args:
+        interruption: notes what is asked for.
         obeyed: a signal that is being obeyed by this block: when it comes now, it comes again, and is raised at once.
     """
-    interruption = Interruption()
-    interruption.requested = obeyed
-    if threading.current_thread() is not threading.main_thread():
-        yield interruption
-        return
-    previous = {number: signal.signal(number, interruption.note) for number in SIGNALS}
+    interruption = interruption or Interruption()
+    interruption.requested = obeyed or interruption.requested
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, interruption.note) for number in SIGNALS} if is_main else {}
     try:
         yield interruption
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if interruption.requested != obeyed:
+        requested, interruption.requested = interruption.requested, None
+    if is_main and requested != obeyed:
+        # It came after the last safe point.
+        interruption.requested = requested
         interruption.raise_if_requested()

@@ -122,6 +122,7 @@ class ModelTrainer:
         self.at_safe_point = True
         self.failure: Exception | None = None
         self._safe_micro_step = 0
+        self._interruption = Interruption()
         self._generators = KeptGenerators()
         self._window_loss = 0.0
         self._window_utterances = 0
@@ -144,9 +145,9 @@ class ModelTrainer:
         try:
             with self._generators.drawing(self.seed, "training", first=self.progress.micro_step == 0):
                 emit(self, "on_train_begin")
-                with deferred_interrupts() as interruption:
+                with deferred_interrupts(self._interruption):
                     while not self.finished:
-                        self._epoch(self.train_loader, interruption)
+                        self._epoch(self.train_loader)
             emit(self, "on_train_end")
         except BaseException as error:
             # A launcher sends SIGTERM right behind the SIGINT: it must not cut off the saving.
@@ -159,6 +160,10 @@ class ModelTrainer:
     def stop_training(self, reason: str) -> None:
         """Ask the loop to end after the current step, for good; ``reason`` is kept with the state."""
         self.stop_reason = reason
+
+    def interrupt(self) -> None:
+        """Have the training raise KeyboardInterrupt at its next safe point, as SIGINT does; from any thread."""
+        self._interruption.request()
 
     @property
     def finished(self) -> bool:
@@ -193,14 +198,14 @@ class ModelTrainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def _epoch(self, loader: AudioDataLoader, interruption: Interruption) -> None:
+    def _epoch(self, loader: AudioDataLoader) -> None:
         """Train on what is left of the current epoch, or until a callback stops the training."""
         self._require_batches(loader)
         emit(self, "on_epoch_begin")
         started = time.perf_counter()
         for batch in loader.epoch(self.progress.epoch, start=self.progress.batch):
             started = self._micro_step(batch.to(self.device), started)
-            interruption.raise_if_requested()
+            self._interruption.raise_if_requested()
             if self.stop_reason:
                 break
 

@@ -21,6 +21,10 @@ class History(Callback):
         for name, value in metrics.items():
             if not is_timing(name):
                 curve = self._curves.setdefault(name, {"steps": [], "values": []})
+                if curve["steps"] and curve["steps"][-1] == trainer.progress.step:
+                    # Recorded after the step, by a run that was stopped and continued there: it comes again.
+                    curve["values"][-1] = value
+                    continue
                 curve["steps"].append(trainer.progress.step)
                 curve["values"].append(value)
 

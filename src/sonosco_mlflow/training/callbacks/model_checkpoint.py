@@ -177,11 +177,13 @@ class ModelCheckpoint(Callback):
         """Save if it is time to; on schedule between two optimizer steps only, so that a step is saved once.
 
         Raises:
-            Exception: what went wrong beside the training since the last step.
+            Exception: what went wrong beside the training since the last step; of a ``background`` that was given,
+                whoever gave it asks.
         """
         if self.background is None:
             return
-        self.background.check()
+        if self._own_background is not None:
+            self._own_background.check()
         if trainer.failure is not None:
             # A callback before this one has missed something.
             return
@@ -210,7 +212,7 @@ class ModelCheckpoint(Callback):
         if self.background is None or self.directory is None or isinstance(error, LeaveAtOnce):
             return
         try:
-            if trainer.at_safe_point and not self.background.failed:
+            if trainer.at_safe_point and not self.background.cannot_write:
                 if trainer.failure is None:
                     self._save(trainer)
                 else:

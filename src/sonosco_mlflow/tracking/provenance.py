@@ -1,0 +1,42 @@
+"""What MLflow is told of where a run comes from, before its first step and before the first of each later segment."""
+
+from dataclasses import dataclass
+
+from sonosco_mlflow.serialization.checkpoint import Checkpoint
+from sonosco_mlflow.tracking.lineage import DataLineage
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.origin import Origin
+from sonosco_mlflow.tracking.segments import RECORD, Segment
+from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Code, environment, recipe and data, as a process trains with them.
+
+    Attributes:
+        origin: the first three.
+        lineage: where the data comes from.
+    """
+
+    origin: Origin
+    lineage: DataLineage
+
+    def log_data(self, run: TrackedRun) -> None:
+        """Log the data of a run that begins; its origin was logged as it was made."""
+        run.set_tags(self.lineage.tags())
+        self.lineage.log(run)
+        run.adopt_data_runs(self.lineage.digest)
+
+    def log_segment(self, run: TrackedRun, segment: Segment, checkpoint: Checkpoint | None) -> None:
+        """Log all of it for a segment that goes on from ``checkpoint``; its record last: then all is there."""
+        self.origin.log(run, segment.folder)
+        self.lineage.log(run, segment.folder)
+        run.log_text(segment.record(checkpoint), f"{segment.folder}{RECORD}")
+        # What follows shows the run as it now is; a resume does not read it.
+        self.origin.log_recipe(run)
+        run.set_tags({**self.origin.tags(), **self.lineage.tags()})
+        changed = {name for branch in segment.branches for name in branch.changes}
+        if changed:
+            run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})
+        run.adopt_data_runs(self.lineage.digest)

@@ -1,0 +1,469 @@
+"""How a run ends that is stopped, taken over, or whose tracking store does not answer."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import mlflow
+import pytest
+
+from experiments import SETTINGS, all_artifacts, go_on, new_project, rows, run_experiment, toy_trainer, train
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint
+from sonosco_mlflow.tracking import open_run
+from sonosco_mlflow.tracking.journal import Journal, read_rows
+from sonosco_mlflow.tracking.lease import VANISHED, Lease, condition
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.open_run import OpenRun
+from sonosco_mlflow.tracking.origin import Origin
+from sonosco_mlflow.tracking.resumption import find_unfinished
+from sonosco_mlflow.tracking.store import download, find_run
+from sonosco_mlflow.tracking.tags import OWNER
+from sonosco_mlflow.training.callbacks import Callback
+from sonosco_mlflow.training.interruption import LeaveAtOnce
+from sonosco_mlflow.training.trainer import ModelTrainer
+
+pytestmark = pytest.mark.usefixtures("tracking_store")
+LONGEST_WAIT = 30.0  # only a test that fails waits so long
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "project").mkdir()
+    return new_project(tmp_path / "project")
+
+
+@pytest.fixture
+def stopping(tone_manifest: Manifest, project: Path) -> Experiment:
+    """A run that was interrupted at step 5 and has not been stopped yet."""
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest, stop_at=5)
+    experiment.setup_model_trainer(trainer, test_loader=trainer.val_loader)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.start()
+    return experiment
+
+
+def status(experiment: Experiment) -> tuple[str, str]:
+    run = mlflow.get_run(experiment.run.id)
+    return run.info.status, run.data.tags["sonosco.state"]
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + LONGEST_WAIT
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def finish(run_id: str, manifest: Manifest, project: Path, **options: Any) -> list[tuple[int, int]]:
+    """Let a run go on to its end and return the positions in its journal, of which none may be missing or doubled."""
+    again = go_on(run_id, toy_trainer(manifest), project, **options)
+    assert status(again) == ("FINISHED", "finished")
+    written = [(row.step, name) for row in read_rows(again.folder / "journal.jsonl") for name in row.metrics]
+    assert len(written) == len({*written})
+    assert {(name, step) for step, name in written} == {*rows(run_id)}
+    assert [step for step, name in written if name == "train_loss"] == list(range(1, 13))
+    return [(row.micro_step, row.step) for row in read_rows(again.folder / "journal.jsonl")]
+
+
+# ------------------------------------------------------------------ a store that hangs
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The store hangs from when this is called until the event is set that it returns."""
+    answers = threading.Event()
+    look = Lease._look
+
+    def hang(self: Lease) -> None:
+        assert answers.wait(LONGEST_WAIT)
+        look(self)
+
+    def begin() -> threading.Event:
+        monkeypatch.setattr(Lease, "_look", hang)
+        monkeypatch.setattr(open_run, "LONGEST_STOP", 0.3)
+        monkeypatch.setattr(open_run, "PATIENCE_AT_LEAVE", 0.3)
+        return answers
+
+    yield begin
+    answers.set()
+
+
+def test_a_store_that_hangs_does_not_hold_up_a_run_that_is_told_to_stop(
+    stopping: Experiment,
+    tone_manifest: Manifest,
+    project: Path,
+    hanging: Callable[[], threading.Event],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = hanging()
+    told = Mock()
+    monkeypatch.setattr(open_run, "print", told, raising=False)
+    began = time.monotonic()
+    stopping.stop()
+    assert time.monotonic() - began < LONGEST_WAIT / 2
+    assert "is left as it is, and can be continued: no answer" in told.call_args.args[0]
+    assert mlflow.active_run() is None
+    assert status(stopping) == ("RUNNING", "running")
+    # The process lives, and the store is back.
+    answers.set()
+    wait_for(lambda: status(stopping) == ("KILLED", "interrupted"))
+    wait_for(lambda: mlflow.get_run(stopping.run.id).data.tags[OWNER] == "")
+    finish(stopping.run.id, tone_manifest, project)
+
+
+def test_a_second_interrupt_waits_for_no_store(
+    stopping: Experiment, tone_manifest: Manifest, project: Path, hanging: Callable[[], threading.Event]
+) -> None:
+    answers = hanging()
+
+    def interrupt(patience: float | None = None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+    stopping.opened.recording.background.settle = interrupt  # type: ignore[method-assign]
+    began = time.monotonic()
+    with pytest.raises(LeaveAtOnce):
+        stopping.stop()
+    assert time.monotonic() - began < LONGEST_WAIT / 2
+    assert mlflow.active_run() is None
+    answers.set()
+    wait_for(lambda: mlflow.get_run(stopping.run.id).data.tags[OWNER] == "")
+    assert status(stopping) == ("KILLED", "interrupted")
+    finish(stopping.run.id, tone_manifest, project)
+
+
+def test_an_interrupt_as_the_store_is_told_leaves_no_run_that_is_called_finished_later(
+    stopping: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = TrackedRun.end
+
+    def interrupted(self: TrackedRun, state: str, message: str = "") -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        end(self, state, message)
+
+    monkeypatch.setattr(TrackedRun, "end", interrupted)
+    with pytest.raises(LeaveAtOnce):
+        stopping.stop()
+    assert mlflow.active_run() is None
+    assert status(stopping) == ("KILLED", "interrupted")
+
+
+# ------------------------------------------------------------------ a run that is another's, or nobody's
+
+
+def test_a_former_holder_whose_store_comes_back_as_it_closes_leaves_the_run_alone(
+    stopping: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping.opened.recording.background.finish(LONGEST_WAIT)
+    look, calls = Lease._look, [0]
+
+    def away_at_first(self: Lease) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            mlflow.MlflowClient().set_tag(self.run_id, OWNER, "another")
+            raise ConnectionError("the server is away")
+        look(self)
+
+    monkeypatch.setattr(Lease, "_look", away_at_first)
+    monkeypatch.setattr("sonosco_mlflow.training.callbacks.model_checkpoint.ModelCheckpoint.save", Mock())
+    before = all_artifacts(stopping.run.id), rows(stopping.run.id)
+    stopping.stop()
+    assert calls[0] > 1
+    assert (all_artifacts(stopping.run.id), rows(stopping.run.id)) == before
+    assert status(stopping) == ("RUNNING", "running")
+    assert mlflow.get_run(stopping.run.id).data.tags[OWNER] == "another"
+
+
+def test_a_run_that_could_not_be_told_its_end_has_vanished_for_everyone(
+    stopping: Experiment, tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackedRun, "end", Mock(side_effect=ConnectionError("the server is away")))
+        stopping.stop()
+    assert mlflow.active_run() is None
+    for host in (None, "another machine"):
+        assert condition(find_run(stopping.run.id), host=host) == VANISHED
+    finish(stopping.run.id, tone_manifest, project)
+
+
+# ------------------------------------------------------------------ as it is made, and as it is opened again
+
+
+def test_a_run_whose_console_log_cannot_be_made_is_failed_and_let_go(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {run.info.run_id for run in mlflow.search_runs(["0"], output_format="list")}
+    monkeypatch.setattr(OpenRun, "__init__", Mock(side_effect=OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        Experiment.create(SETTINGS, project=project, name="toy")
+    (made,) = (run for run in mlflow.search_runs(["0"], output_format="list") if run.info.run_id not in before)
+    assert (made.info.status, made.data.tags["sonosco.state"]) == ("FAILED", "failed")
+    assert mlflow.active_run() is None
+    Lease.take(made.info.run_id).release()
+
+
+def test_a_run_that_was_killed_before_it_kept_its_recipe_is_not_one_to_go_on_with(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"size": "of this test"}
+    origin = Origin.take(settings, project)
+    with monkeypatch.context() as patch:
+        patch.setattr(Origin, "log_recipe", Mock(side_effect=ConnectionError("the server is away")))
+        with pytest.raises(ConnectionError):
+            Experiment.create(settings, project=project, name="toy")
+    assert find_unfinished("Default", origin, "") is None
+    experiment = Experiment.create(settings, project=project, name="toy")
+    assert find_unfinished("Default", origin, "") == experiment.run.id
+    experiment.opened.close("interrupted")
+
+
+@pytest.mark.parametrize("step", [(TrackedRun, "reopen"), (TrackedRun, "open_ledger")])
+def test_a_run_that_could_not_be_opened_again_is_let_go(
+    stopping: Experiment,
+    tone_manifest: Manifest,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: tuple[type, str],
+) -> None:
+    stopping.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(*step, Mock(side_effect=OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            go_on(stopping.run.id, toy_trainer(tone_manifest), project)
+    assert mlflow.active_run() is None
+    finish(stopping.run.id, tone_manifest, project)
+
+
+# ------------------------------------------------------------------ what is kept, of which way
+
+
+def test_a_resume_that_fails_before_it_knows_the_journal_does_not_put_an_older_one_in_its_place(
+    tone_manifest: Manifest, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
+    shutil.copytree(first.folder, tmp_path / "this machine")
+    go_on(first.run.id, toy_trainer(tone_manifest, stop_at=9), project)
+    shutil.rmtree(first.folder)
+    shutil.copytree(tmp_path / "this machine", first.folder)
+    kept = download(first.run.id, "journal.jsonl", tmp_path / "before").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "resume", Mock(side_effect=OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            go_on(first.run.id, toy_trainer(tone_manifest), project)
+    assert download(first.run.id, "journal.jsonl", tmp_path / "after").read_bytes() == kept
+    finish(first.run.id, tone_manifest, project)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "removed": (Path.unlink, "lacks gradient_norm at step 1$"),
+    "a step short": (
+        lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1])),
+        "lacks train_loss at step 5$",
+    ),
+    "torn in its middle": (
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"st', 1)),
+        r":\d: not a row of a journal",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_does_not_go_on_without_the_journal_of_its_checkpoint(
+    tone_manifest: Manifest, project: Path, tmp_path: Path, damage: str
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
+    # As where the tracking server was away: only this machine has the last checkpoint.
+    artifacts = Path(find_run(first.run.id).info.artifact_uri.removeprefix("file://"))
+    shutil.rmtree(artifacts / "checkpoints" / "step-00000005")
+    (artifacts / "journal.jsonl").unlink()
+    journal = first.folder / "journal.jsonl"
+    whole = journal.read_bytes()
+    harm, message = DAMAGES[damage]
+    harm(journal)
+    before = mlflow.get_run(first.run.id).info, all_artifacts(first.run.id)
+    with pytest.raises(UserError, match=rf"(?m)cannot go on from step-00000005[^$]*{message}") as raised:
+        go_on(first.run.id, toy_trainer(tone_manifest), project)
+    assert f"move {first.folder / 'checkpoints' / 'step-00000005'} elsewhere" in str(raised.value)
+    assert mlflow.get_run(first.run.id).info.status == before[0].status
+    assert all_artifacts(first.run.id) == before[1]
+    journal.write_bytes(whole)
+    finish(first.run.id, tone_manifest, project)
+
+
+def test_a_damaged_journal_in_mlflow_is_replaced_by_the_whole_one_of_this_machine(
+    stopping: Experiment, tone_manifest: Manifest, project: Path
+) -> None:
+    stopping.stop()
+    stored = Path(find_run(stopping.run.id).info.artifact_uri.removeprefix("file://")) / "journal.jsonl"
+    stored.write_bytes(b"".join(stored.read_bytes().splitlines(True)[:2]))
+    finish(stopping.run.id, tone_manifest, project)
+    assert stored.read_bytes() == (stopping.folder / "journal.jsonl").read_bytes()
+
+
+def test_checkpoints_of_a_way_that_was_left_do_not_replace_those_of_the_run(
+    tone_manifest: Manifest, project: Path, tmp_path: Path
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest, stop_at=9), project)
+    here, elsewhere = first.folder / "checkpoints", tmp_path / "way that was left"
+    shutil.copytree(here, elsewhere)
+    # Only this machine had what came after step 4; the run went on from there elsewhere, with other code.
+    artifacts = Path(find_run(first.run.id).info.artifact_uri.removeprefix("file://")) / "checkpoints"
+    for folder in (here, artifacts):
+        for path in folder.glob("step-*"):
+            if path.name > "step-00000004":
+                shutil.rmtree(path)
+    (project / "model.py").write_text("x = 2\n")
+    go_on(first.run.id, toy_trainer(tone_manifest, stop_at=10), project, allowed_changes=["code"])
+    assert read_checkpoint(artifacts / "step-00000008").digests["branch"] == "2"
+    for path in elsewhere.glob("step-*"):
+        shutil.rmtree(here / path.name, ignore_errors=True)
+        shutil.copytree(path, here / path.name)
+    again = Experiment.resume(first.run.id, project=project)
+    trainer = toy_trainer(tone_manifest)
+    with pytest.warns(UserWarning, match="of a way that the run has left"):
+        again.setup_model_trainer(trainer, test_loader=trainer.val_loader)
+    again.opened.recording.background.finish(LONGEST_WAIT)
+    assert read_checkpoint(artifacts / "step-00000008").digests["branch"] == "2"
+    assert [path.name for path in checkpoints_in(here) if path.name in ("step-00000008", "step-00000009")] == []
+    again.opened.close("interrupted")
+
+
+def test_a_store_that_refuses_rows_keeps_no_state_from_the_disk(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waits(Callback, is_part_of_trainer=False):
+        def on_step_end(self, trainer: ModelTrainer) -> None:
+            time.sleep(0.05)
+
+    monkeypatch.setattr("sonosco_mlflow.tracking.journal.SECONDS_BETWEEN_BATCHES", 0.2)
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    trainer.attach(Waits())
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackedRun, "log_rows", Mock(side_effect=ValueError("over quota")))
+        with pytest.raises(ValueError, match="over quota"):
+            train(experiment, trainer)
+    assert status(experiment) == ("FAILED", "failed")
+    assert 0 < trainer.progress.step < 12
+    newest = checkpoints_in(experiment.folder / "checkpoints")[-1]
+    assert newest.name == f"step-{trainer.progress.step:08d}"
+    finish(experiment.run.id, tone_manifest, project)
+
+
+# ------------------------------------------------------------------ one trainer, several threads
+
+
+def test_the_same_trainer_goes_on_after_a_stop(tone_manifest: Manifest, project: Path) -> None:
+    trainer = toy_trainer(tone_manifest, stop_at=5)
+    first = run_experiment(trainer, project)
+    again = go_on(first.run.id, trainer, project)
+    assert status(again) == ("FINISHED", "finished")
+    positions = [(row.micro_step, row.step) for row in read_rows(again.folder / "journal.jsonl")]
+    other = run_experiment(toy_trainer(tone_manifest), project)
+    assert positions == [(row.micro_step, row.step) for row in read_rows(other.folder / "journal.jsonl")]
+    assert {key: len(found) for key, found in rows(first.run.id).items()} == dict.fromkeys(rows(other.run.id), 1)
+
+
+class Raises(Callback, is_part_of_trainer=False):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        raise self.error
+
+
+class Slow(Callback, is_part_of_trainer=False):
+    """Logs to MLflow's active run, as a user's callback may, and takes its time."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        mlflow.log_metric("of_a_user", float(trainer.progress.step), step=trainer.progress.step)
+        if trainer.progress.step == 2:
+            self.reached.set()
+        time.sleep(0.05)
+
+
+def test_a_run_can_be_trained_in_one_thread_and_stopped_from_another(tone_manifest: Manifest, project: Path) -> None:
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer, slow = toy_trainer(tone_manifest), Slow()
+    trainer.attach(slow)
+    experiment.setup_model_trainer(trainer, test_loader=trainer.val_loader)
+    thread = threading.Thread(target=experiment.start)
+    thread.start()
+    assert slow.reached.wait(LONGEST_WAIT)
+    experiment.stop()
+    assert status(experiment) == ("KILLED", "interrupted")
+    thread.join(LONGEST_WAIT)
+    assert not thread.is_alive()
+    assert 2 <= trainer.progress.step < 12
+    assert checkpoints_in(experiment.folder / "checkpoints")[-1].name == f"step-{trainer.progress.step:08d}"
+    assert ("of_a_user", 2) in rows(experiment.run.id)
+    assert mlflow.active_run() is None
+    go_on(experiment.run.id, toy_trainer(tone_manifest), project)
+    assert status(experiment) == ("FINISHED", "finished")
+
+
+@pytest.mark.parametrize("error", [None, ValueError("mine")])
+def test_a_run_ends_as_it_went_whichever_thread_made_it(
+    tone_manifest: Manifest, project: Path, error: Exception | None
+) -> None:
+    made: list[Experiment] = []
+
+    def make() -> None:
+        made.append(Experiment.create(SETTINGS, project=project, name="toy"))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    (experiment,) = made
+    trainer = toy_trainer(tone_manifest)
+    if error is not None:
+        trainer.attach(Raises(error))
+    experiment.setup_model_trainer(trainer)
+    if error is None:
+        experiment.start()
+    else:
+        with pytest.raises(ValueError, match="mine"):
+            experiment.start()
+    expected = ("FINISHED", "finished") if error is None else ("FAILED", "failed")
+    assert status(experiment) == expected
+    assert mlflow.active_run() is None
+
+
+# ------------------------------------------------------------------ what it says of itself
+
+
+def test_an_error_that_is_no_unicode_fails_the_run_all_the_same(tone_manifest: Manifest, project: Path) -> None:
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    trainer.attach(Raises(UserError("cannot read caf\udce9.wav")))
+    with pytest.raises(UserError):
+        train(experiment, trainer)
+    assert status(experiment) == ("FAILED", "failed")
+    assert mlflow.get_run(experiment.run.id).data.tags["sonosco.error"] == "cannot read caf\\udce9.wav"
+
+
+@pytest.mark.parametrize("own", ["", "Lower rate than before; see the notebook."])
+def test_a_description_follows_the_run_until_the_user_writes_another(
+    stopping: Experiment, tone_manifest: Manifest, project: Path, own: str
+) -> None:
+    stopping.stop()
+    assert "is interrupted" in mlflow.get_run(stopping.run.id).data.tags["mlflow.note.content"]
+    if own:
+        mlflow.MlflowClient().set_tag(stopping.run.id, "mlflow.note.content", own)
+    finish(stopping.run.id, tone_manifest, project)
+    found = mlflow.get_run(stopping.run.id).data.tags["mlflow.note.content"]
+    assert found == own if own else "is finished" in found
