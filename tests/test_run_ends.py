@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +16,14 @@ from unittest.mock import Mock
 import mlflow
 import pytest
 
-from experiments import SETTINGS, all_artifacts, go_on, new_project, rows, run_experiment, toy_trainer, train
+from experiments import SETTINGS, Interrupt, all_artifacts, go_on, new_project, rows, run_experiment, toy_trainer, train
+from sonosco_mlflow.console import console_log
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint
 from sonosco_mlflow.tracking import open_run
+from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
 from sonosco_mlflow.tracking.journal import Journal, read_rows
 from sonosco_mlflow.tracking.lease import VANISHED, Lease, condition
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -27,8 +32,8 @@ from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.tracking.store import download, find_run
 from sonosco_mlflow.tracking.tags import OWNER
-from sonosco_mlflow.training.callbacks import Callback
-from sonosco_mlflow.training.interruption import LeaveAtOnce
+from sonosco_mlflow.training.callbacks import Callback, ModelCheckpoint
+from sonosco_mlflow.training.interruption import LeaveAtOnce, Terminated
 from sonosco_mlflow.training.trainer import ModelTrainer
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
@@ -107,7 +112,7 @@ def test_a_store_that_hangs_does_not_hold_up_a_run_that_is_told_to_stop(
 ) -> None:
     answers = hanging()
     told = Mock()
-    monkeypatch.setattr(open_run, "print", told, raising=False)
+    monkeypatch.setattr(open_run, "say", told)
     began = time.monotonic()
     stopping.stop()
     assert time.monotonic() - began < LONGEST_WAIT / 2
@@ -269,7 +274,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "removed": (Path.unlink, "lacks gradient_norm at step 1$"),
     "a step short": (
         lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1])),
-        "lacks train_loss at step 5$",
+        "lacks gradient_norm at step 5$",
     ),
     "torn in its middle": (
         lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"st', 1)),
@@ -280,7 +285,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_does_not_go_on_without_the_journal_of_its_checkpoint(
-    tone_manifest: Manifest, project: Path, tmp_path: Path, damage: str
+    tone_manifest: Manifest, project: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
     # As where the tracking server was away: only this machine has the last checkpoint.
@@ -292,13 +297,27 @@ def test_a_run_does_not_go_on_without_the_journal_of_its_checkpoint(
     harm, message = DAMAGES[damage]
     harm(journal)
     before = mlflow.get_run(first.run.id).info, all_artifacts(first.run.id)
-    with pytest.raises(UserError, match=rf"(?m)cannot go on from step-00000005[^$]*{message}") as raised:
-        go_on(first.run.id, toy_trainer(tone_manifest), project)
+    with monkeypatch.context() as patch:
+        patch.setattr("sonosco_mlflow.tracking.resumption.metric_records", lambda run_id: {})
+        with pytest.raises(UserError, match=rf"(?m)cannot go on from step-00000005[^$]*{message}") as raised:
+            go_on(first.run.id, toy_trainer(tone_manifest), project)
     assert f"move {first.folder / 'checkpoints' / 'step-00000005'} elsewhere" in str(raised.value)
     assert mlflow.get_run(first.run.id).info.status == before[0].status
     assert all_artifacts(first.run.id) == before[1]
     journal.write_bytes(whole)
     finish(first.run.id, tone_manifest, project)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_journal_that_is_lost_everywhere_is_made_of_the_metrics_in_mlflow(
+    stopping: Experiment, tone_manifest: Manifest, project: Path, damage: str
+) -> None:
+    stopping.stop()
+    stored = Path(find_run(stopping.run.id).info.artifact_uri.removeprefix("file://")) / "journal.jsonl"
+    for path in (stored, stopping.folder / "journal.jsonl"):
+        DAMAGES[damage][0](path)
+    with pytest.warns(UserWarning, match="the journal is taken from the metrics in MLflow: "):
+        finish(stopping.run.id, tone_manifest, project)
 
 
 def test_a_damaged_journal_in_mlflow_is_replaced_by_the_whole_one_of_this_machine(
@@ -307,7 +326,8 @@ def test_a_damaged_journal_in_mlflow_is_replaced_by_the_whole_one_of_this_machin
     stopping.stop()
     stored = Path(find_run(stopping.run.id).info.artifact_uri.removeprefix("file://")) / "journal.jsonl"
     stored.write_bytes(b"".join(stored.read_bytes().splitlines(True)[:2]))
-    finish(stopping.run.id, tone_manifest, project)
+    with pytest.warns(UserWarning, match=r"the journal is taken from .*journal\.jsonl: runs:/"):
+        finish(stopping.run.id, tone_manifest, project)
     assert stored.read_bytes() == (stopping.folder / "journal.jsonl").read_bytes()
 
 
@@ -361,6 +381,279 @@ def test_a_store_that_refuses_rows_keeps_no_state_from_the_disk(
     finish(experiment.run.id, tone_manifest, project)
 
 
+# ------------------------------------------------------------------ what a trainer knows that no journal has
+
+
+class AtEnd(Callback):
+    def on_train_end(self, trainer: ModelTrainer) -> None:
+        trainer.record({"final_gap": 1.0})
+
+
+def test_a_trainer_that_has_trained_before_begins_a_run_that_can_go_on(tone_manifest: Manifest, project: Path) -> None:
+    trainer = toy_trainer(tone_manifest, epochs=1)
+    run_experiment(trainer, project)
+    trainer.epochs = 3
+    trainer.attach(Interrupt(9))
+    second = run_experiment(trainer, project)
+    assert mlflow.get_run(second.run.id).data.tags["sonosco.first_step"] == "6"
+    again = go_on(second.run.id, toy_trainer(tone_manifest, epochs=3), project)
+    assert status(again) == ("FINISHED", "finished")
+
+
+def test_what_is_recorded_as_training_ends_keeps_no_longer_run_from_going_on(
+    tone_manifest: Manifest, project: Path
+) -> None:
+    def trainer(epochs: int, **options: Any) -> ModelTrainer:
+        made = toy_trainer(tone_manifest, AtEnd(), epochs=epochs, **options)
+        made.callbacks[-1] = ModelCheckpoint(every_steps=5, every_epochs=None, keep_best=0)
+        return made
+
+    first = run_experiment(trainer(2), project)
+    go_on(first.run.id, trainer(4, stop_at=17), project)
+    assert status(go_on(first.run.id, trainer(4), project)) == ("FINISHED", "finished")
+
+
+def test_a_trainer_that_goes_on_without_its_run_leaves_the_run_alone(tone_manifest: Manifest, project: Path) -> None:
+    trainer = toy_trainer(tone_manifest)
+    first = run_experiment(trainer, project)
+    before = sorted(path.name for path in (first.folder / "checkpoints").iterdir())
+    trainer.epochs = 3
+    with pytest.warns(UserWarning, match="nothing is saved"):
+        trainer.continue_training()
+    assert sorted(path.name for path in (first.folder / "checkpoints").iterdir()) == before
+
+
+# ------------------------------------------------------------------ what else may fail as it ends
+
+
+def test_a_full_disk_under_the_console_log_hides_no_error_and_keeps_no_run_open(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_run, "console_log", lambda path: console_log(Path("/dev/full")))
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    trainer.attach(Raises(ValueError("the real reason")))
+    experiment.setup_model_trainer(trainer)
+    print("a line")
+    with pytest.raises(ValueError, match="the real reason"):
+        experiment.start()
+    assert status(experiment) == ("FAILED", "failed")
+    assert mlflow.get_run(experiment.run.id).data.tags[OWNER] == ""
+
+
+def test_a_reader_that_has_gone_away_keeps_no_run_open(stopping: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(stopping.run), "log_file", Mock(side_effect=OSError("No space left on device")))
+    monkeypatch.setattr("sonosco_mlflow.console.print", Mock(side_effect=BrokenPipeError), raising=False)
+    stopping.stop()
+    assert status(stopping) == ("KILLED", "interrupted")
+
+
+def test_closing_again_waits_for_the_one_that_closes_and_takes_nothing_from_it(
+    stopping: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    settle = stopping.opened.recording.background.settle
+
+    def slowly(patience: float | None = None) -> None:
+        begun.set()
+        assert may_end.wait(LONGEST_WAIT)
+        settle(patience)
+
+    monkeypatch.setattr(stopping.opened.recording.background, "settle", slowly)
+    stops = [threading.Thread(target=stopping.stop) for _ in range(2)]
+    stops[0].start()
+    assert begun.wait(LONGEST_WAIT)
+    stops[1].start()
+    stops[1].join(0.2)
+    assert stops[1].is_alive()
+    may_end.set()
+    for thread in stops:
+        thread.join(LONGEST_WAIT)
+    assert status(stopping) == ("KILLED", "interrupted")
+
+
+def test_a_block_whose_store_hangs_is_left_after_one_patience(
+    tone_manifest: Manifest, project: Path, hanging: Callable[[], threading.Event]
+) -> None:
+    trainer = toy_trainer(tone_manifest)
+    answers: list[threading.Event] = []
+    trainer.attach(Does(3, lambda: answers.append(hanging())))
+    trainer.attach(Does(3, lambda: Raises(ValueError("mine")).on_step_end(trainer)))
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    experiment.setup_model_trainer(trainer)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="mine"), experiment:
+        experiment.start()
+    assert time.monotonic() - began < LONGEST_WAIT / 2
+    answers[0].set()
+    wait_for(lambda: status(experiment) == ("FAILED", "failed"))
+    wait_for(lambda: mlflow.get_run(experiment.run.id).data.tags[OWNER] == "")
+
+
+def test_what_still_uploads_after_a_run_was_left_deletes_nothing_and_keeps_the_run(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads, may_go_on = threading.Event(), threading.Event()
+    log_file = TrackedRun.log_file
+
+    def slowly(self: TrackedRun, path: Path, folder: str = "") -> None:
+        if folder == "checkpoints/step-00000004" and not uploads.is_set():
+            uploads.set()
+            assert may_go_on.wait(LONGEST_WAIT)
+        log_file(self, path, folder)
+
+    monkeypatch.setattr(TrackedRun, "log_file", slowly)
+    monkeypatch.setattr(open_run, "PATIENCE_AT_LEAVE", 0.3)
+    trainer = toy_trainer(tone_manifest)
+    trainer.attach(Does(5, lambda: uploads.wait(LONGEST_WAIT)))
+    trainer.attach(Interrupt(5, times=2))
+    left = run_experiment(trainer, project)
+    assert status(left) == ("KILLED", "interrupted")
+    with pytest.raises(UserError, match="is being trained by"):
+        Experiment.resume(left.run.id, project=project)
+    may_go_on.set()
+    wait_for(lambda: mlflow.get_run(left.run.id).data.tags[OWNER] == "")
+    finish(left.run.id, tone_manifest, project)
+
+
+def test_what_still_concludes_after_a_run_was_left_keeps_the_run(
+    stopping: Experiment, tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    log_file = TrackedRun.log_file
+
+    def slowly(self: TrackedRun, path: Path, folder: str = "") -> None:
+        if folder == "logs" and not may_go_on.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert may_go_on.wait(LONGEST_WAIT)
+        log_file(self, path, folder)
+
+    monkeypatch.setattr(TrackedRun, "log_file", slowly)
+    monkeypatch.setattr(open_run, "PATIENCE_AT_LEAVE", 0.3)
+    with pytest.raises(LeaveAtOnce):
+        stopping.stop()
+    with pytest.raises(UserError, match="is being trained by"):
+        Experiment.resume(stopping.run.id, project=project)
+    may_go_on.set()
+    wait_for(lambda: mlflow.get_run(stopping.run.id).data.tags[OWNER] == "")
+    finish(stopping.run.id, tone_manifest, project)
+
+
+def test_an_upload_that_was_overtaken_moves_no_tag_and_deletes_nothing(
+    stopping: Experiment, tone_manifest: Manifest
+) -> None:
+    stopping.opened.recording.background.finish(LONGEST_WAIT)
+    newest = checkpoints_in(stopping.folder / "checkpoints")[-1]
+    before = all_artifacts(stopping.run.id), mlflow.get_run(stopping.run.id).data.tags["sonosco.checkpoint"]
+    with pytest.raises(UserError, match="taken over"):
+        upload_checkpoint(stopping.run, newest, frozenset(), Mock(side_effect=UserError("it was taken over")))
+    assert before == (all_artifacts(stopping.run.id), mlflow.get_run(stopping.run.id).data.tags["sonosco.checkpoint"])
+    stopping.stop()
+
+
+def test_a_process_that_ends_without_a_word_has_not_finished_its_run(tracking_store: str, project: Path) -> None:
+    program = f"""
+        from pathlib import Path
+        from sonosco_mlflow.experiment import Experiment
+        experiment = Experiment.create({SETTINGS!r}, project=Path({str(project)!r}), name="toy")
+        Path({str(project / "run")!r}).write_text(experiment.run.id)
+        raise RuntimeError("mine")
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True)
+    assert ended.returncode == 1
+    run = find_run((project / "run").read_text())
+    assert run.info.status == "RUNNING"
+    assert condition(run) == VANISHED
+
+
+def test_a_process_ends_also_where_a_call_brought_a_pool_to_hang_with_it() -> None:
+    program = """
+        import sys, time
+        from concurrent.futures import ThreadPoolExecutor
+        from sonosco_mlflow import cli
+        from sonosco_mlflow.background import OverdueError, within
+
+        def hangs():
+            with ThreadPoolExecutor() as pool:
+                pool.submit(time.sleep, 60).result()
+
+        @cli.app.command()
+        def leave():
+            try:
+                within(0.1, hangs)
+            except OverdueError:
+                print("left")
+                raise SystemExit(130)
+
+        sys.argv = ["sonosco", "leave"]
+        cli.main()
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, timeout=50
+    )
+    assert (ended.returncode, ended.stdout) == (130, b"left\n")
+
+
+def test_a_termination_at_the_very_end_is_obeyed_when_the_run_is_finished(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver = OpenRun._deliver_rest
+
+    def terminated(self: OpenRun, state: str, message: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deliver(self, state, message)
+
+    monkeypatch.setattr(OpenRun, "_deliver_rest", terminated)
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    experiment.setup_model_trainer(trainer)
+    with pytest.raises(Terminated):
+        experiment.start()
+    assert status(experiment) == ("FINISHED", "finished")
+
+
+# ------------------------------------------------------------------ several runs in one process
+
+
+def test_a_run_of_the_users_ends_with_the_one_that_is_left_at_once(tone_manifest: Manifest, project: Path) -> None:
+    inner: list[str] = []
+    trainer = toy_trainer(tone_manifest)
+    trainer.attach(Does(3, lambda: inner.append(mlflow.start_run(nested=True).info.run_id)))
+    trainer.attach(Interrupt(5, times=2))
+    experiment = run_experiment(trainer, project)
+    assert status(experiment) == ("KILLED", "interrupted")
+    assert mlflow.get_run(inner[0]).info.status == "KILLED"
+    assert mlflow.active_run() is None
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_runs_in_one_process_end_each_by_itself(project: Path, order: tuple[int, int]) -> None:
+    stdout = sys.stdout
+    both = [Experiment.create(SETTINGS, project=project, name="toy") for _ in range(2)]
+    first, second = (both[number] for number in order)
+    first.opened.close("interrupted")
+    assert status(second) == ("RUNNING", "running")
+    print("still written")
+    second.opened.close("interrupted")
+    assert status(second) == ("KILLED", "interrupted")
+    assert sys.stdout is stdout
+    assert mlflow.active_run() is None
+
+
+def test_a_run_that_another_process_trains_is_not_begun_again(
+    stopping: Experiment, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = mlflow.get_run(stopping.run.id).data.tags
+    monkeypatch.setenv("MLFLOW_RUN_ID", stopping.run.id)
+    with pytest.raises(UserError, match="which MLFLOW_RUN_ID names, is being trained by process"):
+        Experiment.create(SETTINGS, project=project, name="another")
+    assert mlflow.get_run(stopping.run.id).data.tags == before
+    stopping.stop()
+    assert status(stopping) == ("KILLED", "interrupted")
+
+
 # ------------------------------------------------------------------ one trainer, several threads
 
 
@@ -373,6 +666,16 @@ def test_the_same_trainer_goes_on_after_a_stop(tone_manifest: Manifest, project:
     other = run_experiment(toy_trainer(tone_manifest), project)
     assert positions == [(row.micro_step, row.step) for row in read_rows(other.folder / "journal.jsonl")]
     assert {key: len(found) for key, found in rows(first.run.id).items()} == dict.fromkeys(rows(other.run.id), 1)
+
+
+class Does(Callback, is_part_of_trainer=False):
+    def __init__(self, step: int, what: Callable[[], object]) -> None:
+        self.step = step
+        self.what = what
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        if trainer.progress.step == self.step:
+            self.what()
 
 
 class Raises(Callback, is_part_of_trainer=False):
@@ -414,6 +717,39 @@ def test_a_run_can_be_trained_in_one_thread_and_stopped_from_another(tone_manife
     assert mlflow.active_run() is None
     go_on(experiment.run.id, toy_trainer(tone_manifest), project)
     assert status(experiment) == ("FINISHED", "finished")
+
+
+def test_a_callback_may_stop_the_run(tone_manifest: Manifest, project: Path) -> None:
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    trainer.attach(Does(5, experiment.stop))
+    experiment.setup_model_trainer(trainer, test_loader=trainer.val_loader)
+    experiment.start()
+    assert trainer.progress.step == 5
+    assert status(experiment) == ("KILLED", "interrupted")
+    finish(experiment.run.id, tone_manifest, project)
+
+
+def test_a_stop_that_comes_too_late_stops_nothing_later(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Experiment.create(SETTINGS, project=project, name="toy")
+    trainer = toy_trainer(tone_manifest)
+    experiment.setup_model_trainer(trainer)
+    stopping = threading.Thread(target=experiment.stop)
+
+    def late(*_: object) -> None:
+        stopping.start()
+        wait_for(lambda: trainer._interruption.requested is not None)
+
+    monkeypatch.setattr("sonosco_mlflow.experiment.log_results", late)
+    experiment.start()
+    stopping.join(LONGEST_WAIT)
+    assert status(experiment) == ("FINISHED", "finished")
+    trainer.epochs = 3
+    with pytest.warns(UserWarning, match="nothing is saved"):
+        trainer.continue_training()
+    assert trainer.progress.step == 18
 
 
 @pytest.mark.parametrize("error", [None, ValueError("mine")])

@@ -15,6 +15,7 @@ from typing import TypeVar
 from sonosco_mlflow.errors import UserError
 
 T = TypeVar("T")
+_OF_ITS_OWN = "sonosco-within"
 Task = Callable[[], object]
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
@@ -210,7 +211,7 @@ def within(seconds: float | None, task: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=work, name="sonosco-within", daemon=True)
+    thread = threading.Thread(target=work, name=_OF_ITS_OWN, daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:
@@ -218,3 +219,12 @@ def within(seconds: float | None, task: Callable[[], T]) -> T:
     if not results:
         raise OverdueError(f"no answer in {seconds:.0f} s")
     return results[0]
+
+
+def is_hanging() -> bool:
+    """Return whether a call of :func:`within` has not come back by now.
+
+    It is in a daemon's thread; but where it has brought threads of a pool to hang with it, the interpreter waits for
+    these as it ends.
+    """
+    return any(thread.name == _OF_ITS_OWN for thread in threading.enumerate())

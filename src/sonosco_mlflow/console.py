@@ -4,7 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -20,24 +20,44 @@ class _Tee:
     """A stream that writes to another one, and to a file the lines that would remain standing in a terminal."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
-        self._stream = stream
+        self.stream = stream
         self._file = file
         self._line = ""
 
     def write(self, text: str) -> int:
         for part in re.split("([\r\n])", _CONTROL.sub("", text).replace("\r\n", "\n")):
-            if part == "\n":
+            # One that outlives its block, in the hands of another, has no file any more.
+            if part == "\n" and not self.has_ended:
                 self._file.write(self._line + "\n")
             # A carriage return lets the next text overwrite the line, as a progress bar does.
             self._line = "" if part in ("\r", "\n") else self._line + part
-        return self._stream.write(text)
+        return self.stream.write(text)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its file is closed."""
+        return self._file.closed
 
     def flush(self) -> None:
-        self._file.flush()
-        self._stream.flush()
+        if not self.has_ended:
+            self._file.flush()
+        self.stream.flush()
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+
+def _living(stream: TextIO) -> TextIO:
+    """Return the stream, or, where its block has ended meanwhile, what it writes to."""
+    while isinstance(stream, _Tee) and stream.has_ended:
+        stream = stream.stream
+    return stream
+
+
+def say(text: str) -> None:
+    """Print to stderr, wherever it leads: a reader that has gone away is no reason to leave work undone."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
 
 
 @contextmanager
@@ -46,11 +66,16 @@ def console_log(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     streams = sys.stdout, sys.stderr
     with path.open("a", encoding="utf-8") as file:
-        sys.stdout, sys.stderr = _Tee(streams[0], file), _Tee(streams[1], file)
+        tees = _Tee(streams[0], file), _Tee(streams[1], file)
+        sys.stdout, sys.stderr = tees
         try:
             yield
         finally:
-            sys.stdout, sys.stderr = streams
+            # Another block may have begun inside, and not have ended yet.
+            if sys.stdout is tees[0]:
+                sys.stdout = _living(streams[0])
+            if sys.stderr is tees[1]:
+                sys.stderr = _living(streams[1])
 
 
 @contextmanager

@@ -35,13 +35,13 @@ from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.open_run import OpenRun
+from sonosco_mlflow.tracking.open_run import PATIENCE_AT_END, OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
 from sonosco_mlflow.tracking.resumption import Resumption
 from sonosco_mlflow.tracking.segments import BRANCH
 from sonosco_mlflow.tracking.store import connect
-from sonosco_mlflow.tracking.tags import FOLDER, WEIGHTS_DIGEST
+from sonosco_mlflow.tracking.tags import FIRST_STEP, FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
@@ -50,9 +50,6 @@ from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
 
 C = TypeVar("C", bound=Callback)
-
-# Seconds that a run waits at its end for a tracking server that is away.
-PATIENCE_AT_END = 600.0
 
 
 class Experiment:
@@ -231,6 +228,9 @@ class Experiment:
         self.opened.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard)
         if self.resumption is None:
             provenance.log_data(self.run)
+            if trainer.progress.step:
+                # It has been trained before: what it knows of that is not in this run's journal.
+                self.run.set_tags({FIRST_STEP: str(trainer.progress.step)})
             self.opened.describe()
             return
         try:
@@ -266,22 +266,23 @@ class Experiment:
                 self._finish(trainer)
             if not self._in_block:
                 self.opened.close("finished")
-        except KeyboardInterrupt:
-            if not self._stop_requested:
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, LeaveAtOnce) or not self._stop_requested:
                 raise
-            self.stop()
+            self._stop(trainer)
         except Exception as error:
             self.opened.close("failed", error)
             raise
         finally:
+            trainer.cancel_interrupt()
             self._thread = None
             self._idle.set()
 
     def stop(self) -> None:
         """Keep the trainer's whole state in MLflow and end the run as interrupted; training can go on from there.
 
-        While :meth:`start` runs in another thread, it stops at its next step, and returns; so does this, when the run
-        has ended.
+        While :meth:`start` runs, in another thread or as what a callback is called by, it stops at its next step, ends
+        the run and returns; called from another thread, this returns when it has.
 
         Raises:
             LeaveAtOnce: an interrupt from the keyboard while it is at it; what is saved by then stays saved.
@@ -290,11 +291,16 @@ class Experiment:
             self.opened.leave()
             return
         trainer = self._required_trainer()
-        if self._thread not in (None, threading.current_thread()):
-            self._stop_requested = True
-            trainer.interrupt()
-            self._idle.wait()
+        thread = self._thread
+        if thread is None:
+            self._stop(trainer)
             return
+        self._stop_requested = True
+        trainer.interrupt()
+        if thread is not threading.current_thread():
+            self._idle.wait()
+
+    def _stop(self, trainer: ModelTrainer) -> None:
         try:
             # A launcher's SIGTERM behind the SIGINT must not cut this off; the user's second SIGINT may.
             with deferred_interrupts(obeyed=SIGINT):
@@ -335,7 +341,7 @@ class Experiment:
         try:
             segment = resumption.next_segment()
             rows = resumption.rows(self.history)
-            self.opened.is_open = True
+            self.opened.open()
             self.run.reopen()
             if self._checkpoint is not None and segment.branches:
                 self._checkpoint.digests[BRANCH] = str(segment.branch)

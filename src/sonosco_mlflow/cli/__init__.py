@@ -7,8 +7,11 @@ stopped by SIGINT or SIGTERM and resumable.
 import os
 import sys
 import warnings
+from contextlib import suppress
 
 import typer
+
+from sonosco_mlflow.background import is_hanging
 
 # Each module adds its verbs.
 from sonosco_mlflow.cli import data, provenance, training  # noqa: F401
@@ -17,7 +20,25 @@ from sonosco_mlflow.errors import UserError, describe_failure
 
 
 def main() -> None:
-    """Run the command line and end the process."""
+    """Run the command line and end the process, also where a call to a tracking server hangs."""
+    try:
+        _run()
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    if is_hanging():
+        _end_at_once(status)
+    sys.exit(status)
+
+
+def _end_at_once(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _run() -> None:
     arguments = normalise([argument for argument in sys.argv[1:] if argument != "--debug"])
     debug = "--debug" in sys.argv[1:]
     # A warning is for the reader, who does not care for the line of code that gave it.

@@ -5,6 +5,7 @@ to take one off the list without telling the tracking store so. A run of ours ma
 another and stopped from a third, by a process that cannot reach the store.
 """
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -15,6 +16,10 @@ from mlflow.tracking import fluent
 from sonosco_mlflow.background import OverdueError, within
 
 SECONDS_FOR_THE_MONITOR = 5.0
+
+
+# The runs of ours that are active: one that was opened within another ends by itself.
+_activations: set[str] = set()
 
 
 class Activation:
@@ -29,6 +34,9 @@ class Activation:
         nested = mlflow.active_run() is not None
         self.run: Run = mlflow.start_run(run_id=run_id, nested=nested, log_system_metrics=monitored)
         self._active = _active_runs()
+        _activations.add(self.run.info.run_id)
+        # Before MLflow's own hook: a process that ends without a word has not finished its run.
+        atexit.register(self.leave, 0.0)
 
     def leave(self, patience: float = SECONDS_FOR_THE_MONITOR) -> list[str]:
         """Make the run active no more, and return the ids of those that were opened after it and left open.
@@ -40,13 +48,15 @@ class Activation:
         ids = [active.info.run_id for active in self._active]
         if run_id not in ids:
             return []
-        first = ids.index(run_id)
-        del self._active[first:]
+        atexit.unregister(self.leave)
+        _activations.discard(run_id)
+        above = [other for other in ids[ids.index(run_id) + 1 :] if other not in _activations]
+        self._active[:] = [active for active in self._active if active.info.run_id not in (run_id, *above)]
         monitor = fluent.run_id_to_system_metrics_monitor.pop(run_id, None)
         if monitor is not None:
             with suppress(OverdueError):
                 within(patience, monitor.finish)
-        return ids[first + 1 :]
+        return above
 
 
 @contextmanager

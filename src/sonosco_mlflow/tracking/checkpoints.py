@@ -26,7 +26,14 @@ from sonosco_mlflow.tracking.store import artifact_names, connect, download, fin
 from sonosco_mlflow.tracking.tags import CHECKPOINT
 
 
-def upload_checkpoint(run: TrackedRun, directory: Path, kept: frozenset[str], *, verify: bool = False) -> None:
+def upload_checkpoint(
+    run: TrackedRun,
+    directory: Path,
+    kept: frozenset[str],
+    confirm: Callable[[], None] = lambda: None,
+    *,
+    verify: bool = False,
+) -> None:
     """Upload a checkpoint, and delete from the run those that are not among the ``kept``.
 
     Its manifest goes last: it marks the checkpoint as whole. Then the tag that names the newest may move. One that the
@@ -37,20 +44,22 @@ def upload_checkpoint(run: TrackedRun, directory: Path, kept: frozenset[str], *,
         run: where to.
         directory: the checkpoint.
         kept: names of the checkpoints that the run is to keep.
+        confirm: raises where the run is another process's; an upload may take so long that it has become that.
         verify: read back every byte of what the run has already, not only its manifest, and replace what is broken.
     """
     try:
-        _upload(run, directory, verify)
+        _upload(run, directory, confirm, verify)
     except Exception:
         if directory.exists():
             raise
         return
+    confirm()
     for name in run.artifacts_in(CHECKPOINTS):
         if position_of(name) is not None and name not in kept:
             run.delete_artifact(f"{CHECKPOINTS}/{name}")
 
 
-def _upload(run: TrackedRun, directory: Path, verify: bool) -> None:
+def _upload(run: TrackedRun, directory: Path, confirm: Callable[[], None], verify: bool) -> None:
     folder = f"{CHECKPOINTS}/{directory.name}"
     manifest = (directory / MANIFEST).read_bytes()
     if not is_delivered(run, directory.name, manifest, verify=verify):
@@ -62,6 +71,7 @@ def _upload(run: TrackedRun, directory: Path, verify: bool) -> None:
                 run.log_file(path, folder)
         # What was read first: should the directory be replaced meanwhile, it does not vouch for what it does not know.
         run.log_bytes(manifest, f"{folder}/{MANIFEST}")
+    confirm()
     run.set_tags({CHECKPOINT: folder})
 
 

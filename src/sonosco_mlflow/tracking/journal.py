@@ -105,23 +105,40 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def missing_row(rows: Iterable[Row], history: "History") -> str | None:
+def missing_row(rows: Iterable[Row], history: "History", names: Iterable[str], first_step: int) -> str | None:
     """Return the first metric of ``history`` that ``rows`` lack, as "train_loss at step 12", or None.
 
-    Of the last step only the loss is asked for. Callbacks may have recorded more after it, as an epoch began or the
-    training ended; no checkpoint counts that, and it is made again.
+    Args:
+        rows: of the journal.
+        history: what the checkpoint knows of the metrics.
+        names: of those that the trainer itself records within a step. What callbacks record between two steps may be
+            of a later one, which takes it back.
+        first_step: steps made before the run began.
     """
-    written = {(name, row.step): value for row in rows for name, value in row.metrics.items()}
-    curves = {name: history.curve(name) for name in history.names()}
-    last = max((steps[-1] for steps, _ in curves.values()), default=0)
-    for name, (steps, values) in curves.items():
-        for step, value in zip(steps, values, strict=True):
-            if step == last and name != "train_loss":
-                continue
+    written = {(name, row.step): storable(value) for row in rows for name, value in row.metrics.items()}
+    for name in sorted({*names} & {*history.names()}):
+        for step, value in zip(*history.curve(name), strict=True):
             found = written.get((name, step))
-            if found is None or found.hex() != float(value).hex():
+            if step > first_step and (found is None or found.hex() != storable(value).hex()):
                 return f"{name} at step {step}"
     return None
+
+
+def rows_of(recorded: Records, micro_step: int, step: int, names: Iterable[str]) -> list[Row]:
+    """Return rows of what the tracking store has up to a checkpoint, in the place of a journal that is lost.
+
+    Args:
+        recorded: what the store has; texts are not in it.
+        micro_step: the checkpoint's position.
+        step: its optimizer steps.
+        names: of the metrics that the trainer records within a step; others at the last one may be of a later position.
+    """
+    known = {*names}
+    rows: dict[tuple[int, int], dict[str, float]] = {}
+    for (name, at), found in sorted(recorded.items(), key=lambda item: (item[0][1], item[1].timestamp, item[0][0])):
+        if at < step or (at == step and name in known):
+            rows.setdefault((at, found.timestamp), {})[name] = found.value
+    return [Row(micro_step, at, timestamp, metrics) for (at, timestamp), metrics in rows.items()]
 
 
 class Journal(Callback, is_part_of_trainer=False):

@@ -28,15 +28,19 @@ from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.tracking.active_run import SECONDS_FOR_THE_MONITOR, Activation, active_here
 from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
+from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
 from sonosco_mlflow.tracking.secrecy import without_credentials
-from sonosco_mlflow.tracking.store import artifact_names
+from sonosco_mlflow.tracking.store import artifact_names, find_run
 from sonosco_mlflow.tracking.tags import (
     DATA_DIGEST,
     DESCRIPTION_DIGEST,
     ERROR,
+    HOST,
     KIND,
     LEDGER_DIGEST,
+    OWNER,
+    PID,
     SEGMENTS,
     STATE,
     WEIGHTS_DIGEST,
@@ -72,6 +76,8 @@ class TrackedRun:
         self._ledger = Ledger(self.id)
         self._client = mlflow.MlflowClient()
         self._activation: Activation | None = None
+        # Runs of the user's that were opened within this one, and left open.
+        self._above: list[str] = []
 
     @classmethod
     def open(cls, experiment: str, kind: str, name: str | None = None) -> "TrackedRun":
@@ -83,7 +89,9 @@ class TrackedRun:
             name: how the UI calls it; a short piece of the id is added, so that it is unique.
         """
         launched = os.environ.pop("MLFLOW_RUN_ID", None) or None
-        if launched is None:
+        if launched is not None:
+            _require_unused(launched)
+        else:
             mlflow.set_experiment(experiment)
         activation = Activation(launched, monitored=kind == "train")
         run = cls(activation.run)
@@ -293,23 +301,35 @@ class TrackedRun:
 
     def end(self, state: str, message: str = "") -> None:
         """End the run as ``finished``, ``interrupted`` (by a signal; it can be continued) or ``failed``."""
-        above = self.deactivate()
+        self.deactivate()
         if message:
             self.set_tags({ERROR: message})
-        for run_id in [*above, self.id]:
+        for run_id in [*self._above, self.id]:
             self._client.set_terminated(run_id, STATUS[state])
         # Last: a process that is killed before it leaves a run that is seen to have vanished, and can be continued.
         self.set_tags({STATE: state})
         self._end_record(state)
 
-    def deactivate(self, patience: float = SECONDS_FOR_THE_MONITOR) -> list[str]:
+    def deactivate(self, patience: float = SECONDS_FOR_THE_MONITOR) -> None:
         """Make it MLflow's active run no more; the tracking store is told nothing. See :meth:`Activation.leave`."""
-        return [] if self._activation is None else self._activation.leave(patience)
+        if self._activation is not None:
+            self._above += self._activation.leave(patience)
 
     def _end_record(self, state: str) -> None:
         if self._record is not None:
             self._client.set_terminated(self._record, STATUS[state])
             self._client.set_tag(self._record, STATE, state)
+
+
+def _require_unused(run_id: str) -> None:
+    """Return unless another process trains the run: a variable is inherited by children that know nothing of it."""
+    run = find_run(run_id)
+    tags = run.data.tags
+    if tags.get(OWNER) and condition(run) == "running":
+        raise UserError(
+            f"run {run_id}, which MLFLOW_RUN_ID names, is being trained by process {tags.get(PID)} on "
+            f"{tags.get(HOST)}; unset MLFLOW_RUN_ID to begin another"
+        )
 
 
 def _cut(value: str) -> str:

@@ -6,16 +6,16 @@ let go of: nothing more is written to it. The store is only ever asked in a thre
 keeps no process that wants to end.
 """
 
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from signal import SIGINT
 
 from sonosco_mlflow.background import OverdueError, within
-from sonosco_mlflow.console import console_log
+from sonosco_mlflow.console import console_log, say
 from sonosco_mlflow.errors import describe_failure
 from sonosco_mlflow.tracking.description import describe_run
 from sonosco_mlflow.tracking.lease import Lease
@@ -24,12 +24,20 @@ from sonosco_mlflow.tracking.recording import Recording
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.training.interruption import LeaveAtOnce, deferred_interrupts
 
+PATIENCE_AT_END = 600.0
+"""Seconds that a run waits at its end for a tracking server that is away."""
 PATIENCE_AT_STOP = 30.0
 """Seconds that a run which was told to stop waits for a tracking server that is away."""
 LONGEST_STOP = 60.0
 """Seconds after which it stops all the same: a server may also be there, and not answer."""
 PATIENCE_AT_LEAVE = 2.0
 """Seconds in which a server may still be told by a process that is to leave at once."""
+
+
+class _Phase(Enum):
+    CLOSED = "not opened yet"
+    OPEN = "open"
+    ENDED = "ended, or about to"
 
 
 class OpenRun:
@@ -49,14 +57,27 @@ class OpenRun:
         self.run = run
         self.lease = lease
         self.recording = Recording(run, lease, folder, is_current=is_open)
-        self.is_open = is_open
-        self._ending = threading.Lock()
-        self._has_ended = False
+        self._phase = _Phase.OPEN if is_open else _Phase.CLOSED
+        self._lock = threading.Lock()
+        # Set when whoever ends the run has done so, or has given it up.
+        self._over = threading.Event()
+        self._concluding = threading.Lock()
+        self._telling = threading.Lock()
+        self._told = False
         self._resources = ExitStack()
         segment = run.segment if is_open else run.segment + 1
         # The log of an earlier segment may lie on another machine.
         self._log = folder / ("console.log" if segment == 1 else f"console-{segment}.log")
         self._resources.enter_context(console_log(self._log))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run is written to."""
+        return self._phase is _Phase.OPEN
+
+    def open(self) -> None:
+        """Write to the run from now on: it has proven to be the one that is to go on."""
+        self._phase = _Phase.OPEN
 
     def describe(self) -> None:
         """Say in the run's description what it now is; for a reader only, so that what fails here fails no run."""
@@ -74,48 +95,87 @@ class OpenRun:
             Exception: a run cannot be called finished, because something of it could not be delivered.
             LeaveAtOnce: an interrupt from the keyboard meanwhile; the run is then interrupted.
         """
-        if not self.is_open:
-            self._resources.close()
-            self.lease.release()
+        with self._lock:
+            before, self._phase = self._phase, _Phase.ENDED
+        if before is not _Phase.OPEN:
+            self._let_go(before)
             return
         message = "" if error is None else describe_failure(error)
+        is_finished = state == "finished"
         try:
-            with deferred_interrupts(obeyed=SIGINT):
-                self.is_open = False
-                self._resources.close()
+            # Of an interrupt this is the obeying: the next one is not to wait for it.
+            with deferred_interrupts(obeyed=SIGINT if state == "interrupted" else None):
+                self._close_resources()
                 # A run that is complete is worth waiting for; one that stops has its state on the disk.
-                within(None if state == "finished" else LONGEST_STOP, partial(self._conclude, state, message))
+                patience = PATIENCE_AT_END if is_finished else LONGEST_STOP
+                within(patience, partial(self._conclude, state, message))
         except LeaveAtOnce:
-            self._leave(partial(self._end, "interrupted"))
+            self._leave(partial(self._tell, "interrupted"))
             raise
         except OverdueError as hanging:
-            print(f"run {self.run.id} is left as it is, and can be continued: {hanging}", file=sys.stderr)
+            say(f"run {self.run.id} is left as it is, and can be continued: {hanging}")
+            if is_finished:
+                raise
         finally:
             # Whatever became of it: what MLflow holds for active when the process ends, it calls finished.
             self.run.deactivate()
+            self._over.set()
 
     def leave(self) -> None:
         """End the run without waiting for anything: what MLflow does not take at once, it is not told."""
-        was_open, self.is_open = self.is_open, False
-        self._leave(partial(self._end, "interrupted") if was_open else self.lease.release)
+        with self._lock:
+            before, self._phase = self._phase, _Phase.ENDED
+        if before is _Phase.ENDED:
+            return
+        try:
+            self._leave(partial(self._tell, "interrupted") if before is _Phase.OPEN else lambda: None)
+        finally:
+            self._over.set()
+
+    def _let_go(self, before: "_Phase") -> None:
+        """Do what is left to do for one that closes a run that was never opened, or is being closed already."""
+        if before is _Phase.ENDED:
+            # By another thread, or by this one before.
+            self._over.wait()
+            return
+        try:
+            self._close_resources()
+            with suppress(OverdueError):
+                within(LONGEST_STOP, self.lease.release)
+        finally:
+            self._over.set()
 
     def _leave(self, tell: Callable[[], None]) -> None:
-        self._resources.close()
+        self._close_resources()
         self.run.deactivate(patience=0.0)
         self.recording.stop()
+
+        def tell_and_release() -> None:
+            tell()
+            # What was begun may still write: until it is done, nobody else is to.
+            self.recording.close()
+            with self._concluding:
+                self.lease.release()
+
         with suppress(OverdueError):
-            within(PATIENCE_AT_LEAVE, tell)
+            within(PATIENCE_AT_LEAVE, tell_and_release)
+
+    def _close_resources(self) -> None:
+        # Where the disk is full, the end of the console log is missing, and nothing else.
+        with suppress(OSError):
+            self._resources.close()
 
     def _conclude(self, state: str, message: str) -> None:
-        try:
-            self._deliver_rest(state, message)
-        except Exception as second:
-            if state == "finished":
-                self._end("failed", describe_failure(second))
-                raise
-            # The first reason is the one to tell.
-            print(f"MLflow lacks some of what run {self.run.id} recorded last: {second}", file=sys.stderr)
-        self._end(state, message)
+        with self._concluding, self.lease:
+            try:
+                self._deliver_rest(state, message)
+            except Exception as second:
+                if state == "finished":
+                    self._tell("failed", describe_failure(second))
+                    raise
+                # The first reason is the one to tell.
+                say(f"MLflow lacks some of what run {self.run.id} recorded last: {second}")
+            self._tell(state, message)
 
     def _deliver_rest(self, state: str, message: str) -> None:
         """Deliver what waits, the console log, and what is written at the end."""
@@ -127,12 +187,14 @@ class OpenRun:
             self.recording.background.settle(PATIENCE_AT_STOP)
             if state == "finished":
                 self.recording.background.check()
-            # While it waited, another process may have come.
+            # While it waited, another process may have come; so before each of the following.
             self.lease.confirm()
             self.run.log_file(self._log, "logs")
         finally:
             self.recording.close()
+        self.lease.confirm()
         self.recording.deliver_end()
+        self.lease.confirm()
         self._close_ledger()
 
     def _close_ledger(self) -> None:
@@ -140,14 +202,14 @@ class OpenRun:
             self.run.close_ledger()
         except Exception as error:
             # All that the run made is delivered; only its files' digests are not kept together.
-            print(f"run {self.run.id} has no ledger, and less of it can be verified: {error}", file=sys.stderr)
+            say(f"run {self.run.id} has no ledger, and less of it can be verified: {error}")
 
-    def _end(self, state: str, message: str = "") -> None:
+    def _tell(self, state: str, message: str = "") -> None:
         """Tell MLflow how the run ended, once, if it is this process's still."""
-        with self._ending, self.lease:
-            if self._has_ended:
+        with self._telling:
+            if self._told:
                 return
-            self._has_ended = True
+            self._told = True
             try:
                 self.lease.confirm()
                 self.run.end(state, message)
@@ -155,7 +217,7 @@ class OpenRun:
                 if state == "finished":
                     raise
                 # The next command finds the run as vanished, and can continue it.
-                print(f"MLflow could not be told that run {self.run.id} is {state}: {error}", file=sys.stderr)
+                say(f"MLflow could not be told that run {self.run.id} is {state}: {error}")
                 return
             # Last: the description is of how it ended.
             self.describe()

@@ -55,6 +55,7 @@ class Recording(Callback, is_part_of_trainer=False):
             trainer.attach(observer)
             self._detach.callback(trainer.observers.remove, observer)
         if checkpoint is not None:
+            self._detach.callback(setattr, checkpoint, "directory", checkpoint.directory)
             checkpoint.directory = self.folder / CHECKPOINTS
             checkpoint.background = self.background
             self._detach.callback(setattr, checkpoint, "background", None)
@@ -132,7 +133,7 @@ class Recording(Callback, is_part_of_trainer=False):
     def _deliver_checkpoint(self, directory: Path, kept: frozenset[str], verify: bool = False) -> None:
         self.lease.confirm()
         self._deliver_journal()
-        upload_checkpoint(self.run, directory, kept, verify=verify)
+        upload_checkpoint(self.run, directory, kept, self.lease.confirm, verify=verify)
 
     def _deliver_journal(self) -> None:
         # As it was at one moment: a file that grows on its way is more than its announced length, which confuses a

@@ -1,6 +1,7 @@
 """A run that is to go on: what it kept, what its state belongs to, and whether what is here is still that."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
-from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, missing_row, read_rows
+from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, missing_row, read_rows, rows_of
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
@@ -28,11 +29,13 @@ from sonosco_mlflow.tracking.tags import (
     CONFIG_DIGEST,
     DATA_DIGEST,
     ENVIRONMENT_DIGEST,
+    FIRST_STEP,
     FOLDER,
     KIND,
     REPRODUCES,
     STATE,
 )
+from sonosco_mlflow.training.callbacks.base import STEP_METRICS
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.callbacks.history import History
@@ -168,10 +171,12 @@ class Resumption:
     def rows(self, history: "History") -> list[Row]:
         """Return the rows of the journal that belongs to the checkpoint: MLflow's, where the checkpoint is there too.
 
-        This machine's own may be of a way that the run has left, or of an earlier day.
+        This machine's own may be of a way that the run has left, or of an earlier day; it is the second choice, and the
+        metrics in MLflow are the last.
 
         Args:
-            history: every metric that the checkpoint knows of; the journal is to have them all.
+            history: every metric that the checkpoint knows of; of those that the trainer records, the journal is to
+                have all.
 
         Raises:
             UserError: what there is of the journal is damaged, or ends before the checkpoint.
@@ -179,10 +184,15 @@ class Resumption:
         if self.checkpoint is None:
             return []
         directory = self.checkpoint.directory
+        trained = self.checkpoint.state["trainer"]
+        names = [*STEP_METRICS, *(trained["validation"] or {}).get("metrics", {})]
+        micro_step, step = trained["progress"]["micro_step"], trained["progress"]["step"]
         places: dict[str, Callable[[], list[Row]]] = {}
         if is_delivered(self.tracked, directory.name, (directory / MANIFEST).read_bytes()):
             places[f"runs:/{self.tracked.id}/{JOURNAL}"] = self._delivered_rows
         places[str(self.folder / JOURNAL)] = lambda: read_rows(self.folder / JOURNAL)
+        # Without its texts, and with the values as the store gives them back.
+        places["the metrics in MLflow"] = lambda: rows_of(self.records, micro_step, step, names)
         problems = []
         for place, read in places.items():
             try:
@@ -191,11 +201,13 @@ class Resumption:
                 if is_away(error):
                     raise
                 problems.append(str(error))
-            else:
-                lacks = missing_row(rows, history)
-                if lacks is None:
-                    return rows
-                problems.append(f"{place}: lacks {lacks}")
+                continue
+            lacks = missing_row(rows, history, names, int(self.run.data.tags.get(FIRST_STEP, "0")))
+            if lacks is None:
+                if problems:
+                    warnings.warn(f"the journal is taken from {place}: {'; '.join(problems)}", stacklevel=2)
+                return rows
+            problems.append(f"{place}: lacks {lacks}")
         raise UserError(
             f"run {self.tracked.id} cannot go on from {directory.name}, whose metrics are not all in its journal:\n"
             + "".join(f"  {problem}\n" for problem in problems)

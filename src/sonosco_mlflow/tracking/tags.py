@@ -20,6 +20,8 @@ CANARY = "sonosco.canary"
 COMMIT = "sonosco.commit"
 DIRTY = "sonosco.dirty"
 
+FIRST_STEP = "sonosco.first_step"
+"""Steps that the trainer had made before the run began; without it, none."""
 FOLDER = "sonosco.folder"
 """Name of the run's own folder below ``runs/``."""
 CHECKPOINT = "sonosco.checkpoint"

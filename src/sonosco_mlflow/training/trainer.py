@@ -23,7 +23,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Serializer
-from sonosco_mlflow.training.callbacks.base import Callback
+from sonosco_mlflow.training.callbacks.base import STEP_METRICS, Callback
 from sonosco_mlflow.training.callbacks.dispatch import (
     callbacks_state,
     emit,
@@ -165,6 +165,10 @@ class ModelTrainer:
         """Have the training raise KeyboardInterrupt at its next safe point, as SIGINT does; from any thread."""
         self._interruption.request()
 
+    def cancel_interrupt(self) -> None:
+        """Take back an :meth:`interrupt` that came too late."""
+        self._interruption.requested = None
+
     @property
     def finished(self) -> bool:
         """Whether all epochs are done or a callback stopped the training."""
@@ -287,14 +291,9 @@ class ModelTrainer:
         self.model.zero_grad()
         self.progress.step += 1
         emit(self, "on_step_end")
-        self.record(
-            {
-                "train_loss": self._window_loss,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "gradient_norm": norm,
-                "utterances_per_second": self._window_utterances / seconds,
-            }
-        )
+        rate = self.optimizer.param_groups[0]["lr"]
+        values = (self._window_loss, rate, norm, self._window_utterances / seconds)
+        self.record(dict(zip(STEP_METRICS, values, strict=True)))
         self._window_loss, self._window_utterances = 0.0, 0
 
     def _validation_is_due(self, epoch_ended: bool) -> bool:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from sonosco_mlflow.training.validation import Validation
 
 
+STEP_METRICS = ("train_loss", "learning_rate", "gradient_norm", "utterances_per_second")
+"""What is recorded at each optimizer step."""
+
+
 def is_timing(name: str) -> bool:
     """Return whether a metric of that name is of the clock: a repeated run does not repeat it, and it is no state."""
     return name.endswith(("_seconds", "_per_second"))
