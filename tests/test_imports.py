@@ -16,16 +16,18 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 STOREYS = [
     *("errors", "config", "console", "text", "background", "serialization", "determinism", "canary", "data"),
     *("decoding", "models", "metrics", "training", "testing", "tracking", "evaluation", "serving", "reporting"),
-    *("experiment", "recipe", "runs", "reproduction", "overview", "cli", "__main__"),
+    *("experiment", "recipe", "runs", "reproduction", "overview", "difference_report", "cli", "__main__"),
 ]
 
 # Where each of these may be imported; whatever is not listed here may be used anywhere.
 HOMES = {
     "mlflow": {"tracking", "serving"},  # serving is MLflow's own flavour of a model
     "dvc": {"tracking"},
+    "dvc_data": {"tracking"},
     "git": {"tracking"},
     "typer": {"cli"},
     "matplotlib": {"evaluation"},
+    "jinja2": {"difference_report"},
 }
 
 

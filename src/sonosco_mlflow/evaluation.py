@@ -59,6 +59,24 @@ def learning_curves(curves: Mapping[str, Curve]) -> bytes:
     return _png(figure)
 
 
+def compared_curves(one: Mapping[str, Curve], other: Mapping[str, Curve]) -> bytes:
+    """Return a PNG of the curves of two runs, one picture a metric: the first solid, the second dashed."""
+    names = sorted({**one, **other}) or [""]
+    figure = Figure(figsize=(8, 2.2 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0], names, strict=True):
+        for label, curves, style in (("a", one, "-"), ("b", other, "--")):
+            if name in curves:
+                axes.plot(
+                    *curves[name], style, label=label, linewidth=1.2, marker="." if len(curves[name][0]) < 100 else None
+                )
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.supxlabel("optimizer step", fontsize=9)
+    return _png(figure)
+
+
 def mel_spectrogram(sample: Sample) -> bytes:
     """Return a PNG of an utterance's features."""
     figure = Figure(figsize=(8, 3), layout="constrained")

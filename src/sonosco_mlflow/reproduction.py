@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.changes import input_changes
 from sonosco_mlflow.tracking.comparison import Comparison, compare_runs
-from sonosco_mlflow.tracking.identity import inputs_difference
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, new_run
 from sonosco_mlflow.tracking.rebuilt import ENVIRONMENT_MANAGERS, Rebuilt, rebuild
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
@@ -128,7 +128,10 @@ def reproduce(
         original=run_id,
         reproduction=again,
         until_step=until_step,
-        inputs=inputs_difference(first, run.data.tags, Segment(again), made.data.tags),
+        inputs={
+            change.name: change.summary
+            for change in input_changes(first, run.data.tags, Segment(again), made.data.tags, project)
+        },
         comparison=compare_runs(run_id, again, until_step),
     )
     _log(certificate)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.console import say
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.errors import UserError
@@ -25,7 +26,7 @@ from sonosco_mlflow.metrics import character_error_rate, word_error_rate
 from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer, check_recipe
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
-from sonosco_mlflow.tracking.identity import data_difference
+from sonosco_mlflow.tracking.changes import lineage_changes, listed
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
@@ -146,7 +147,7 @@ def _train(
     try:
         experiment.start()
     except KeyboardInterrupt:
-        print(f"stopped at step {trainer.progress.step}; `sonosco resume {experiment.run.id}` continues it")
+        say(f"stopped at step {trainer.progress.step}; `sonosco resume {experiment.run.id}` continues it")
         raise
     if not continues:
         return None
@@ -175,9 +176,12 @@ def _data_of(experiment: Experiment, config: Config, project: Path) -> DataFolde
     if expected is None or "data" in resumption.allowed:
         return prepare_data(config, project)
     last = resumption.last
-    return restore_data(
-        config, project, last.data_lock(), expected, lambda made: data_difference(last.lineage(), made.to_json())
-    )
+    lock = last.data_lock()
+
+    def explain(made: DataLineage) -> str:
+        return listed(lineage_changes((last.lineage(), lock), (made.to_json(), made.lock), project))
+
+    return restore_data(config, project, lock, expected, explain)
 
 
 def bring_data(config: Config, project: Path) -> DataLineage:

@@ -143,7 +143,7 @@ def test_an_environment_difference_names_distributions_and_settings() -> None:
     system = {**ENVIRONMENT.system, "python": "3.12.1", "variables": {"OMP_NUM_THREADS": "2"}, "processor": "two"}
     present = Environment("torch==2.11.0\nscipy==1.0\n", system)
     assert environment_difference(ENVIRONMENT, present) == (
-        "numpy 2.0.0 -> none, scipy none -> 1.0, python 3.11.7 -> 3.12.1, variables {} -> {'OMP_NUM_THREADS': '2'}"
+        "numpy 2.0.0 -> none, scipy none -> 1.0, python 3.11.7 -> 3.12.1, OMP_NUM_THREADS None -> 2"
     )
 
 

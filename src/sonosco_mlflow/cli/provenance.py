@@ -44,6 +44,25 @@ def reproduce(
 
 
 @app.command()
+def diff(
+    one: Annotated[str, typer.Argument(help="A training run.")],
+    other: Annotated[str, typer.Argument(help="Another.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page of it to this file.")] = None,
+) -> None:
+    """Show in what two runs differ: the likely cause first, then inputs, outcomes and code."""
+    from sonosco_mlflow.difference_report import difference_text, write_difference_page
+    from sonosco_mlflow.tracking.difference import difference_of
+    from sonosco_mlflow.tracking.store import connect
+
+    connect(Path())
+    found = difference_of(one, other, Path())
+    typer.echo(difference_text(found), nl=False)
+    if html is not None:
+        write_difference_page(found, html)
+        typer.echo(f"\nwritten: {html}")
+
+
+@app.command()
 def verify(run_id: Annotated[str, typer.Argument(help="A run that has ended.")]) -> None:
     """Read again all that MLflow keeps of a run, and say what is missing or is not as it was recorded."""
     from sonosco_mlflow.overview import show_verification

@@ -29,6 +29,7 @@ from sonosco_mlflow.data.processor import AudioDataProcessor
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import serializable
 
+INDEX = "index.jsonl"
 SHARD_BYTES = 64 * 1024 * 1024
 Progress = Callable[[int, int], None]
 
@@ -128,6 +129,15 @@ class FeatureStore:
         self.__init__(state["directory"])  # type: ignore[misc]
 
     @property
+    def ids(self) -> list[str]:
+        """The utterances, in the order in which they were stored."""
+        return list(self._locations)
+
+    def shard_of(self, utterance_id: str) -> int:
+        """Return the number of the shard that has an utterance."""
+        return self._locations[utterance_id].shard
+
+    @property
     def n_mels(self) -> int:
         """Number of mel bands."""
         return int(self._open(0).shape[1])
@@ -151,7 +161,7 @@ class FeatureStore:
         return mapped
 
     def _read_index(self) -> dict[str, Location]:
-        path = self.directory / "index.jsonl"
+        path = self.directory / INDEX
         locations = {}
         try:
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -221,7 +231,7 @@ def extract_features(
                 done += 1
                 progress(done, len(manifest))
             _write_array(directory / shard_name(number), np.concatenate(arrays).astype(dtype))
-    _write_text(directory / "index.jsonl", "".join(json.dumps(row) + "\n" for row in index))
+    _write_text(directory / INDEX, "".join(json.dumps(row) + "\n" for row in index))
     return FeatureStore(directory)
 
 

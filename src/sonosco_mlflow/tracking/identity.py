@@ -5,15 +5,18 @@ would show it. So each checkpoint names what it belongs to, and a difference is 
 differs, unless it was allowed by name; then the run records it.
 """
 
-import json
 from collections.abc import Callable, Mapping
 
-from sonosco_mlflow.config import decisive
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.code_snapshot import archived_files
+from sonosco_mlflow.tracking.changes import (
+    code_changes,
+    config_changes,
+    data_changes,
+    environment_changes,
+    listed,
+    machine_changes,
+)
 from sonosco_mlflow.tracking.environment import Environment
-from sonosco_mlflow.tracking.segments import Segment
-from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, CONFIG_DIGEST, DATA_DIGEST, ENVIRONMENT_DIGEST
 
 # The digests in a checkpoint, each with the change that allows another.
 CHANGE_OF = {
@@ -27,8 +30,6 @@ CHANGE_OF = {
     "canary": "numerics",
 }
 CHANGES = tuple(dict.fromkeys(CHANGE_OF.values()))
-# A longer list hides what it should show.
-MOST_NAMES = 6
 
 
 def check_identity(
@@ -75,78 +76,30 @@ def _explained(explain: Callable[[], str]) -> str:
         return f"it is another one; how it differs is not known ({error})"
 
 
-def inputs_difference(
-    one: Segment, its_tags: Mapping[str, str], other: Segment, others_tags: Mapping[str, str]
-) -> dict[str, str]:
-    """Return which recorded inputs of two runs differ, by name, and how.
-
-    Args:
-        one: a segment of a run.
-        its_tags: the digests of that run, as tags.
-        other: a segment of another.
-        others_tags: the digests of that one.
-    """
-    explain: dict[str, Callable[[], str]] = {
-        "code": lambda: code_difference(one.archive(), other.archive()),
-        "config": lambda: config_difference(decisive(one.settings()), decisive(other.settings())),
-        "data": lambda: data_difference(one.lineage(), other.lineage()),
-        "environment": lambda: environment_difference(one.environment(), other.environment()),
-        "canary": lambda: numerics_difference(one.environment(), other.environment()),
-    }
-    tags = dict(zip(explain, (CODE_DIGEST, CONFIG_DIGEST, DATA_DIGEST, ENVIRONMENT_DIGEST, CANARY), strict=True))
-    return {name: _explained(explain[name]) for name, tag in tags.items() if its_tags.get(tag) != others_tags.get(tag)}
-
-
 def config_difference(recorded: Mapping[str, object], present: Mapping[str, object]) -> str:
     """Say which keys of two flat recipes differ."""
-    keys = [key for key in {**recorded, **present} if recorded.get(key) != present.get(key)]
-    return _listed([f"{key} was {recorded.get(key)!r}, is {present.get(key)!r}" for key in keys]) or (
+    return listed(config_changes(recorded, present)) or (
         "the recipe that the run kept is not the one whose digest it recorded"
     )
 
 
 def code_difference(recorded: bytes, present: bytes) -> str:
     """Say which files differ between two snapshots."""
-    names = _unequal(archived_files(recorded), archived_files(present))
-    return f"{len(names)} files differ: {_listed(names)}"
+    names = code_changes(recorded, present)
+    return f"{len(names)} files differ: {listed(names)}"
 
 
 def data_difference(recorded: str, present: str) -> str:
     """Say which parts differ between two lineages (:meth:`DataLineage.to_json`)."""
-    before, here = json.loads(recorded), json.loads(present)
-    was, now = before["manifests"], here["manifests"]
-    parts = [
-        f"the {split} manifest ({now.get(split, 'none')[:12]}, was {was.get(split, 'none')[:12]})"
-        for split in _unequal(was, now)
-    ]
-    parts += [f"{path} of DVC" for path in _unequal(before["dvc"], here["dvc"])]
-    return _listed(parts) or "the data differs in its vocabulary"
+    return listed(data_changes(recorded, present)) or "the data differs in its vocabulary"
 
 
 def environment_difference(recorded: Environment, present: Environment) -> str:
     """Say which distributions and settings differ."""
-    pins, here = recorded.pins, present.pins
-    names = [f"{name} {pins.get(name, 'none')} -> {here.get(name, 'none')}" for name in _unequal(pins, here)]
-    names += [
-        f"{name} {recorded.system.get(name)} -> {present.system.get(name)}"
-        for name in present.decisive_system
-        if recorded.system.get(name) != present.system.get(name)
-    ]
-    return _listed(names)
+    return listed(environment_changes(recorded, present))
 
 
 def numerics_difference(recorded: Environment, present: Environment) -> str:
     """Say what may have changed the results of the same operations."""
-    was, now = recorded.system, present.system
-    names = [name for name in ("processor", "capability", "threads") if was.get(name) != now.get(name)]
-    reasons = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
-    return "the same operations give other bits here; " + (_listed(reasons) or "the processor and threads are the same")
-
-
-def _unequal(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
-    return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
+    reasons = listed(machine_changes(recorded, present)) or "the processor and threads are the same"
+    return f"the same operations give other bits here; {reasons}"

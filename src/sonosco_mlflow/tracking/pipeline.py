@@ -145,7 +145,7 @@ def _absolute(config: Config, project: Path) -> dict[str, Any]:
 def make_private(workspace: Path, config: Config, project: Path) -> None:
     """Make, or bring up to date, a DVC workspace for the data of ``config``, with the project's stages and code."""
     (workspace / ".dvc").mkdir(parents=True, exist_ok=True)
-    _share_settings(workspace, project)
+    share_settings(workspace, project)
     (workspace / ".dvcignore").touch()
     # The same names as in the project, so that the cache of stages serves both.
     code = workspace / "src"
@@ -164,7 +164,7 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
             yaml.dump(content, file)
 
 
-def _share_settings(workspace: Path, project: Path) -> None:
+def share_settings(workspace: Path, project: Path) -> None:
     """Give ``workspace`` DVC's settings of the project: where its cache is, its remotes and how to enter them."""
     # It takes a third of a second to import, and the project's own data needs none of it.
     from dvc.config import Config as Settings

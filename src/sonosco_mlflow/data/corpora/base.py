@@ -8,6 +8,7 @@ whole: they go first and are written last, so that what a killed process left is
 0.08
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -25,6 +26,8 @@ _MODULES = {
     "folder": "sonosco_mlflow.data.corpora.folder",
 }
 CORPORA = tuple(_MODULES)
+AUDIO_ELSEWHERE = "audio.sha256"
+"""Digests of the recordings that a corpus only points to."""
 
 _MARKER = "MADE-BY-SONOSCO"
 
@@ -81,6 +84,7 @@ def bring_corpus(
     _clear(directory)
     manifests = corpus.bring(directory, source, processes, progress or _show_nothing)
     _refuse_overlap(manifests)
+    _note_audio_elsewhere(directory, manifests)
     for split in SPLITS:
         manifests[split].write(directory / f"{split}.jsonl")
     return {split: Manifest.read(directory / f"{split}.jsonl") for split in SPLITS}
@@ -108,9 +112,24 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
+def _note_audio_elsewhere(directory: Path, manifests: dict[str, Manifest]) -> None:
+    """Write the digests of recordings that stay where they are: by these, what is made of them follows a change.
+
+    ``sha256sum --check`` reads the file.
+    """
+    paths = [manifest.audio_path(utterance) for manifest in manifests.values() for utterance in manifest]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path}\n"
+        for path in sorted({*paths})
+        if not path.resolve().is_relative_to(directory)
+    ]
+    if lines:
+        (directory / AUDIO_ELSEWHERE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
 def _clear(directory: Path) -> None:
-    for split in SPLITS:
-        (directory / f"{split}.jsonl").unlink(missing_ok=True)
+    for name in (*(f"{split}.jsonl" for split in SPLITS), AUDIO_ELSEWHERE):
+        (directory / name).unlink(missing_ok=True)
     audio = directory / "wav"
     if not (audio / _MARKER).is_file():
         return

@@ -1,0 +1,209 @@
+"""In what the recorded inputs of two runs differ: recipe, code, data, environment, arithmetic."""
+
+import difflib
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sonosco_mlflow.config import decisive, flatten
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import NOT_CODE, archived_files
+from sonosco_mlflow.tracking.environment import Environment
+from sonosco_mlflow.tracking.kept_data import KeptData, kept_data_changes
+from sonosco_mlflow.tracking.segments import Segment
+from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, CONFIG_DIGEST, DATA_DIGEST, ENVIRONMENT_DIGEST
+
+# A longer list hides what it should show.
+MOST_NAMES = 6
+# Folders of a repository whose files no training imports.
+_BESIDE = ("tests", "docs", "benchmarks", "examples", "notebooks", ".github", ".ci")
+_RUNS = (".py", ".pyx", ".so", ".c", ".cpp", ".cu", ".toml", ".txt")
+
+
+@dataclass(frozen=True)
+class Change:
+    """An input in which two runs differ.
+
+    Attributes:
+        name: ``config``, ``code``, ``data``, ``environment`` or ``numerics``.
+        what: a line for each thing that differs.
+        matters: whether it can have changed what came out.
+    """
+
+    name: str
+    what: tuple[str, ...]
+    matters: bool = True
+
+    @property
+    def summary(self) -> str:
+        """What differs, in one line."""
+        return listed(self.what)
+
+
+def input_changes(
+    one: Segment, its_tags: Mapping[str, str], other: Segment, others_tags: Mapping[str, str], project: Path
+) -> list[Change]:
+    """Return in which recorded inputs two runs differ.
+
+    Args:
+        one: a segment of a run.
+        its_tags: the tags of that run, which have the digests.
+        other: a segment of another.
+        others_tags: the tags of that one.
+        project: a project whose DVC cache or remotes may have the data of both.
+    """
+    find: dict[str, tuple[str, Callable[[], Change]]] = {
+        CONFIG_DIGEST: ("config", lambda: _config(one, other)),
+        DATA_DIGEST: ("data", lambda: Change("data", tuple(_data(one, other, project)))),
+        CODE_DIGEST: ("code", lambda: _code(one, other)),
+        ENVIRONMENT_DIGEST: (
+            "environment",
+            lambda: Change("environment", tuple(environment_changes(one.environment(), other.environment()))),
+        ),
+        CANARY: ("numerics", lambda: Change("numerics", tuple(_numerics(one.environment(), other.environment())))),
+    }
+    changes = []
+    for tag, (name, make) in find.items():
+        if its_tags.get(tag) == others_tags.get(tag):
+            continue
+        try:
+            changes.append(make())
+        except UserError as error:
+            # A run that was killed as it began has not kept what it would be compared with.
+            changes.append(Change(name, (f"it is another one; how it differs is not known ({error})",)))
+    return changes
+
+
+def listed(names: tuple[str, ...] | list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def config_changes(recorded: Mapping[str, object], present: Mapping[str, object]) -> list[str]:
+    """Say which keys of two flat recipes differ."""
+    keys = [key for key in {**recorded, **present} if recorded.get(key) != present.get(key)]
+    return [f"{key} was {recorded.get(key)!r}, is {present.get(key)!r}" for key in keys]
+
+
+def code_changes(recorded: bytes, present: bytes) -> list[str]:
+    """Return the names of the files of code that differ between two snapshots."""
+    names = _unequal(archived_files(recorded), archived_files(present))
+    return [name for name in names if name not in NOT_CODE]
+
+
+def code_difference(recorded: bytes, present: bytes) -> str:
+    """Return how the code of two snapshots differs, as a unified diff."""
+    was, now = _contents(recorded), _contents(present)
+    return "".join(_file_difference(name, was.get(name), now.get(name)) for name in code_changes(recorded, present))
+
+
+def data_changes(recorded: str, present: str) -> list[str]:
+    """Say which parts differ between two lineages (:meth:`DataLineage.to_json`)."""
+    before, here = json.loads(recorded), json.loads(present)
+    was, now = before["manifests"], here["manifests"]
+    parts = [
+        f"the {split} manifest ({now.get(split, 'none')[:12]}, was {was.get(split, 'none')[:12]})"
+        for split in _unequal(was, now)
+    ]
+    return parts + [f"{path} of DVC" for path in _unequal(before["dvc"], here["dvc"])]
+
+
+def lineage_changes(recorded: tuple[str, str | None], present: tuple[str, str | None], project: Path) -> list[str]:
+    """Say what differs between the data of two lineages, down to utterances where DVC has both.
+
+    Args:
+        recorded: JSON of a lineage, and its ``dvc.lock`` or None.
+        present: the same of another.
+        project: a project whose DVC cache or remotes may have the data of both.
+    """
+    parts = data_changes(recorded[0], present[0]) or ["the data differs in its vocabulary"]
+    if recorded[1] is None or present[1] is None:
+        return parts
+    with tempfile.TemporaryDirectory() as scratch:
+        was = KeptData(recorded[1], project, Path(scratch) / "was")
+        now = KeptData(present[1], project, Path(scratch) / "now")
+        return kept_data_changes(was, now) or parts
+
+
+def environment_changes(recorded: Environment, present: Environment) -> list[str]:
+    """Say which distributions and settings differ."""
+    pins, here = recorded.pins, present.pins
+    names = [f"{name} {pins.get(name, 'none')} -> {here.get(name, 'none')}" for name in _unequal(pins, here)]
+    was, now = ({**system, **_variables(system)} for system in (recorded.system, present.system))
+    decisive_names = [name for name in present.decisive_system if name != "variables"]
+    variables = sorted({**_variables(was), **_variables(now)})
+    return names + [
+        f"{name} {was.get(name)} -> {now.get(name)}"
+        for name in (*decisive_names, *variables)
+        if was.get(name) != now.get(name)
+    ]
+
+
+def _variables(system: Mapping[str, object]) -> dict[str, object]:
+    variables = system.get("variables", {})
+    return dict(variables) if isinstance(variables, dict) else {}
+
+
+def machine_changes(recorded: Environment, present: Environment) -> list[str]:
+    """Say what differs between two machines, or in their use, that makes other bits of the same operations."""
+    was, now = recorded.system, present.system
+    names = [name for name in ("processor", "capability", "threads") if was.get(name) != now.get(name)]
+    return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
+
+
+def _config(one: Segment, other: Segment) -> Change:
+    was, now = one.settings(), other.settings()
+    changed = config_changes(decisive(was), decisive(now))
+    if changed:
+        return Change("config", tuple(changed))
+    idle = config_changes(dict(flatten(was)), dict(flatten(now)))
+    if idle:
+        return Change("config", tuple(idle), matters=False)
+    return Change("config", ("the recipe that the run kept is not the one whose digest it recorded",))
+
+
+def _code(one: Segment, other: Segment) -> Change:
+    too_large = [json.loads(segment.git())["left_out"] for segment in (one, other)]
+    names = sorted({*code_changes(one.archive(), other.archive()), *_unequal(*too_large)})
+    return Change("code", tuple(names), any(map(_may_run, names)))
+
+
+def _may_run(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.parts[0] not in _BESIDE and path.suffix in _RUNS
+
+
+def _data(one: Segment, other: Segment, project: Path) -> list[str]:
+    recorded, present = ((segment.lineage(), segment.data_lock()) for segment in (one, other))
+    return lineage_changes(recorded, present, project)
+
+
+def _numerics(recorded: Environment, present: Environment) -> list[str]:
+    reasons = machine_changes(recorded, present)
+    return reasons or ["the same operations give other bits, on the same processor and with as many threads"]
+
+
+def _contents(archive: bytes) -> dict[str, tuple[int, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        return {entry.filename: (entry.external_attr >> 16, files.read(entry)) for entry in files.infolist()}
+
+
+def _file_difference(name: str, was: tuple[int, bytes] | None, now: tuple[int, bytes] | None) -> str:
+    before, after = (b"" if side is None else side[1] for side in (was, now))
+    labels = [f"a/{name}" if was else "/dev/null", f"b/{name}" if now else "/dev/null"]
+    head = "" if was is None or now is None or was[0] == now[0] else f"mode of {name}: {was[0]:o} -> {now[0]:o}\n"
+    try:
+        sides = [content.decode().splitlines(keepends=True) for content in (before, after)]
+    except UnicodeDecodeError:
+        return f"{head}{name}: no text; {len(before)} bytes before, {len(after)} now\n"
+    lines = difflib.unified_diff(sides[0], sides[1], labels[0], labels[1])
+    return head + "".join(line if line.endswith("\n") else f"{line}\n\\ no newline at its end\n" for line in lines)
+
+
+def _unequal(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))

@@ -1,0 +1,187 @@
+"""The data of a run as DVC keeps it: listed and read from the cache or a remote, without being brought here.
+
+>>> data = KeptData(segment.data_lock(), project, scratch)           # doctest: +SKIP
+>>> data.digests["data/features/train/shard-00000.npy"]              # doctest: +SKIP
+'4fa64530f383f16ed3446669f0449b59'
+"""
+
+import io
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from ruamel.yaml import YAML
+
+from sonosco_mlflow.data.corpora.base import AUDIO_ELSEWHERE, SPLITS
+from sonosco_mlflow.data.features import INDEX, FeatureStore, shard_name
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.pipeline import share_settings
+
+AUDIO = f"data/corpus/{AUDIO_ELSEWHERE}"
+MANIFESTS = "data/manifests"
+FEATURES = "data/features"
+VOCABULARY = f"{MANIFESTS}/vocabulary.json"
+# More of them are not read: they may be large, and who changed so many has changed how all are made.
+_MOST_SHARDS = 4
+
+
+class KeptData:
+    """The data outputs of one run.
+
+    Args:
+        lock: text of the run's ``dvc.lock``.
+        project: a project whose DVC cache or remotes have the data; nothing in it is changed.
+        scratch: a folder for what is read.
+    """
+
+    def __init__(self, lock: str, project: Path, scratch: Path) -> None:
+        self._scratch = scratch
+        workspace = scratch / "workspace"
+        (workspace / ".dvc").mkdir(parents=True)
+        share_settings(workspace, project.resolve())
+        stages = YAML(typ="safe").load(lock)["stages"]
+        self._outputs = [output["path"] for stage in stages.values() for output in stage["outs"]]
+        for name, content in {"dvc.yaml": _without_inputs(stages), "dvc.lock": lock}.items():
+            (workspace / name).write_text(content, encoding="utf-8")
+        # It takes seconds to import.
+        from dvc.api import DVCFileSystem
+
+        self._files = DVCFileSystem(str(workspace))
+
+    @cached_property
+    def outputs(self) -> dict[str, dict[str, str]]:
+        """The MD5 that DVC has of each file, by output and path; without outputs that are in no cache and no remote."""
+        from dvc_data.index import DataIndexDirError
+
+        found = {}
+        for output in self._outputs:
+            with suppress(FileNotFoundError, DataIndexDirError):
+                listed = self._files.find(output, detail=True, dvc_only=True)
+                found[output] = {path: str(facts["md5"]) for path, facts in listed.items() if facts.get("md5")}
+        return {output: files for output, files in found.items() if files}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The MD5 of each file, by its path."""
+        return {path: digest for files in self.outputs.values() for path, digest in files.items()}
+
+    def read(self, path: str) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            UserError: it is in no cache and no remote.
+        """
+        from dvc_data.index import DataIndexDirError
+
+        try:
+            content: bytes = self._files.read_bytes(path)
+        except (OSError, DataIndexDirError) as error:
+            raise UserError(f"{path} is neither in DVC's cache nor in a remote: {error}") from error
+        return content
+
+    def manifest(self, split: str) -> Manifest:
+        """Return the manifest of a split."""
+        path = self._scratch / f"{split}.jsonl"
+        path.write_bytes(self.read(f"{MANIFESTS}/{split}.jsonl"))
+        return Manifest.read(path)
+
+    def features(self, split: str, shards: list[str]) -> FeatureStore:
+        """Return the features of a split, of which only those in ``shards`` can be read."""
+        folder = self._scratch / split
+        folder.mkdir(exist_ok=True)
+        for name in (INDEX, *shards):
+            (folder / name).write_bytes(self.read(f"{FEATURES}/{split}/{name}"))
+        return FeatureStore(folder)
+
+
+def _without_inputs(stages: Mapping[str, dict[str, object]]) -> str:
+    text = io.StringIO()
+    outputs = {
+        name: {"cmd": stage["cmd"], "outs": [output["path"] for output in stage["outs"]]}  # type: ignore[attr-defined]
+        for name, stage in stages.items()
+    }
+    YAML().dump({"stages": outputs}, text)
+    return text.getvalue()
+
+
+def kept_data_changes(one: KeptData, other: KeptData) -> list[str]:
+    """Say which utterances, features and other files differ, of the outputs that DVC has of both runs."""
+    both = one.outputs.keys() & other.outputs.keys()
+    changed = {
+        path
+        for output in both
+        for path in {**one.outputs[output], **other.outputs[output]}
+        if one.digests.get(path) != other.digests.get(path) and PurePosixPath(path).name != INDEX
+    }
+    lines: list[str] = []
+    for split in SPLITS:
+        path = f"{MANIFESTS}/{split}.jsonl"
+        if path in changed and path in one.digests and path in other.digests:
+            lines += _manifest_changes(split, one.manifest(split), other.manifest(split))
+            changed -= {path, f"data/corpus/{split}.jsonl"}
+    for split in SPLITS:
+        shards = sorted(PurePosixPath(path).name for path in changed if path.startswith(f"{FEATURES}/{split}/shard-"))
+        if shards:
+            lines += _feature_changes(split, shards, one, other)
+            changed -= {f"{FEATURES}/{split}/{name}" for name in shards}
+    recordings = AUDIO in changed and AUDIO in one.digests and AUDIO in other.digests
+    if recordings:
+        lines = _recording_changes(os.fsdecode(one.read(AUDIO)), os.fsdecode(other.read(AUDIO))) + lines
+        changed.discard(AUDIO)
+    return lines + [f"{path}: {_kind(path, one, other)}" for path in sorted(changed)]
+
+
+def _recording_changes(one: str, other: str) -> list[str]:
+    was, now = (
+        {path: digest for digest, path in (line.split("  ", 1) for line in text.splitlines())} for text in (one, other)
+    )
+    # One that came or went, the manifests tell.
+    return [f"recording {path}: other bytes" for path in sorted(was.keys() & now.keys()) if was[path] != now[path]]
+
+
+def _manifest_changes(split: str, one: Manifest, other: Manifest) -> list[str]:
+    was = {utterance.id: utterance for utterance in one}
+    now = {utterance.id: utterance for utterance in other}
+    lines = [f"{split}: utterance {name} was added" for name in sorted(now.keys() - was.keys())]
+    lines += [f"{split}: utterance {name} was removed" for name in sorted(was.keys() - now.keys())]
+    for name in sorted(was.keys() & now.keys()):
+        # Where it lies on a disk is no part of what is learnt from.
+        keys = [key for key in ("duration", "text", "speaker") if getattr(was[name], key) != getattr(now[name], key)]
+        lines += [
+            f"{split}: utterance {name}: {key} was {getattr(was[name], key)!r}, is {getattr(now[name], key)!r}"
+            for key in keys
+        ]
+    return lines
+
+
+def _feature_changes(split: str, shards: list[str], one: KeptData, other: KeptData) -> list[str]:
+    place = f"{FEATURES}/{split}"
+    common = [name for name in shards if f"{place}/{name}" in one.digests and f"{place}/{name}" in other.digests]
+    lines = [f"{place}/{name}: only one has it" for name in shards if name not in common]
+    if len(common) > _MOST_SHARDS:
+        return [*lines, f"{place}: {len(common)} shards have other bytes"]
+    try:
+        was, now = one.features(split, common), other.features(split, common)
+        for name in common:
+            here = [item for item in was.ids if shard_name(was.shard_of(item)) == name]
+            shared = [item for item in here if item in now and shard_name(now.shard_of(item)) in common]
+            # Compared as bytes: what is no number differs from itself.
+            changed = [item for item in shared if was.read(item).tobytes() != now.read(item).tobytes()]
+            if changed and len(changed) == len(here):
+                lines.append(f"{place}/{name}: the features of all {len(here)} utterances differ")
+            elif changed:
+                lines += [f"{place}/{name}: the features of utterance {item} differ" for item in changed]
+            elif was.ids == now.ids:
+                lines.append(f"{place}/{name}: other bytes, the same features")
+    except (UserError, ValueError, OSError, IndexError, KeyError) as error:
+        lines += [f"{place}/{name}: other bytes; whose they are cannot be read ({error})" for name in common]
+    return lines
+
+
+def _kind(path: str, one: KeptData, other: KeptData) -> str:
+    if path not in one.digests:
+        return "was added"
+    return "was removed" if path not in other.digests else "other bytes"

@@ -1,0 +1,193 @@
+"""Two runs of a toy, and what `sonosco diff` makes of how they differ."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from experiments import go_on, new_project, run_experiment, toy_trainer, train
+from project import run
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.difference_report import difference_page, difference_text
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.tracking import origin as origin_module
+from sonosco_mlflow.tracking.difference import Difference, difference_of
+from sonosco_mlflow.tracking.environment import Environment, describe_environment
+
+pytestmark = pytest.mark.usefixtures("module_store")
+
+
+@pytest.fixture(scope="module")
+def module_store(tracking_database: str) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
+        mlflow.set_tracking_uri(None)
+        yield tracking_database
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return new_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def code(project: Path) -> Iterator[Path]:
+    """The project's module, which a test may change."""
+    path = project / "model.py"
+    before = path.read_text()
+    yield path
+    path.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def first(module_store: str, project: Path, tone_manifest: Manifest) -> str:
+    torch.set_num_threads(1)
+    return run_experiment(toy_trainer(tone_manifest), project).run.id
+
+
+def compare(first: str, other: Experiment, project: Path) -> Difference:
+    return difference_of(first, other.run.id, project)
+
+
+def test_equal_runs_differ_in_nothing(first: str, tone_manifest: Manifest, project: Path) -> None:
+    found = compare(first, run_experiment(toy_trainer(tone_manifest), project), project)
+    assert (found.changes, found.code, found.same_weights) == ((), "", True)
+    assert found.comparison.partings == ()
+    assert found.cause == "nothing that was compared differs, to the last bit"
+    text = difference_text(found)
+    assert "weights       the same, to the last bit" in text
+    assert "likely cause" not in text
+
+
+def test_another_recipe_is_the_likely_cause(first: str, tone_manifest: Manifest, project: Path) -> None:
+    other = Experiment.create({"size": 1, "optimizer": {"lr": 0.002}}, project=project, name="toy")
+    train(other, toy_trainer(tone_manifest, learning_rate=2e-3))
+    found = compare(first, other, project)
+    assert found.cause == "config: optimizer.lr was None, is 0.002"
+    assert found.comparison.first is not None
+    assert found.comparison.first.step == 1
+    assert found.same_weights is False
+    text = difference_text(found)
+    assert "likely cause  config: optimizer.lr was None, is 0.002" in text
+    assert "they part at  step 1: " in text
+    losses = next(pair for pair in found.metrics if pair.name == "val_loss")
+    assert losses.last[0] != losses.last[1]
+    assert None not in losses.lowest
+    assert f"{losses.last[0]:.6g}" in text
+
+
+def test_other_code_is_shown_line_by_line(first: str, tone_manifest: Manifest, project: Path, code: Path) -> None:
+    code.write_text("x = 2  # <b>not bold</b>\n")
+    found = compare(first, run_experiment(toy_trainer(tone_manifest), project), project)
+    assert [(change.name, change.what, change.matters) for change in found.changes] == [("code", ("model.py",), True)]
+    assert "-x = 1\n+x = 2  # <b>not bold</b>\n" in found.code
+    assert found.cause == (
+        "nothing that was compared differs, to the last bit; what differs in their inputs (code) made no difference"
+    )
+    assert difference_text(found).endswith(found.code)
+    page = difference_page(found)
+    assert "&lt;b&gt;not bold" in page
+    assert "<b>not" not in page
+
+
+def test_other_data_environment_and_arithmetic_are_each_named(
+    first: str, tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(threads: int, canary: str, folder: Path) -> Environment:
+        found = describe_environment(threads, canary, folder)
+        pins = found.requirements.replace("torch==2.11.0", "torch==2.12.0")
+        return replace(found, requirements=pins, system={**found.system, "threads": 2, "canary": "another"})
+
+    manifest = Manifest(
+        [replace(item, speaker="another") if item.id == tone_manifest[0].id else item for item in tone_manifest],
+        tone_manifest.root,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(origin_module, "describe_environment", elsewhere)
+        other = run_experiment(toy_trainer(manifest), project)
+    found = compare(first, other, project)
+    named = {change.name: change.summary for change in found.changes}
+    assert named.keys() == {"data", "environment", "numerics"}
+    assert re.search(r"the train manifest \(\w{12}, was \w{12}\)", named["data"])
+    assert named["environment"] == "torch 2.11.0 -> 2.12.0"
+    assert named["numerics"] == "threads was 1, is 2"
+
+
+def test_a_run_that_took_another_way_says_where(tone_manifest: Manifest, project: Path, code: Path, first: str) -> None:
+    stopped = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
+    unfinished = compare(first, stopped, project)
+    assert unfinished.same_weights is None
+    assert "only the original has" in str(unfinished.comparison.first)
+    code.write_text("x = 3\n")
+    other = go_on(stopped.run.id, toy_trainer(tone_manifest), project, allowed_changes=["code"])
+    found = compare(first, other, project)
+    assert found.branches == (f"run {other.run.id} went on otherwise in segment 2, after step-00000005 (code changed)",)
+    assert found.branches[0] in difference_text(found)
+    assert found.branches[0] in difference_page(found)
+
+
+class Balanced(HTMLParser):
+    """Notes tags that are not closed, and what the page would load from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.loads += [
+            str(value) for key, value in attrs if key in ("src", "href") and not str(value).startswith("data:")
+        ]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_command_prints_it_and_writes_one_page(
+    first: str, tone_manifest: Manifest, project: Path, tmp_path: Path, code: Path, module_store: str
+) -> None:
+    code.write_text("x = 4\n")
+    other = run_experiment(toy_trainer(tone_manifest, learning_rate=2e-3), project)
+    source = Path(__file__).parents[1] / "src"
+    command = [
+        "python",
+        "-m",
+        "sonosco_mlflow",
+        "diff",
+        first,
+        other.run.id,
+        "--html",
+        str(tmp_path / "a" / "page.html"),
+    ]
+    variables = {"MLFLOW_TRACKING_URI": module_store, "PYTHONPATH": str(source)}
+    said = run(command, project, variables=variables).stdout
+    assert "likely cause  code: model.py" in said
+    page = (tmp_path / "a" / "page.html").read_text(encoding="utf-8")
+    parser = Balanced()
+    parser.feed(page)
+    assert (parser.open, parser.loads) == ([], [])
+    for expected in (
+        first,
+        other.run.id,
+        "Likely cause: code: model.py",
+        '<span class="added">+x = 4</span>',
+        "val_loss",
+    ):
+        assert expected in page
+    assert 'src="data:image/png;base64,iVBOR' in page
+
+
+def test_what_is_no_training_is_refused(first: str, project: Path) -> None:
+    other = mlflow.MlflowClient().create_run("0").info.run_id
+    with pytest.raises(UserError, match=f"run {other} is no training"):
+        difference_of(first, other, project)
+    with pytest.raises(UserError, match="is not in the tracking store"):
+        difference_of("nonsense", first, project)
