@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import mlflow
@@ -91,13 +92,15 @@ def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(
 
 def test_other_data_than_the_runs_is_refused(project: Path, outcome: Outcome) -> None:
     manifest = project / "data" / "manifests" / "test.jsonl"
-    before = manifest.read_text()
+    before, times = manifest.read_text(), manifest.stat()
     manifest.write_text(before.replace('"text": "', '"text": "A', 1))
     try:
         with pytest.raises(UserError, match="the data here is not what run"):
             evaluate(outcome.run_id, project, prepare=False)
     finally:
         manifest.write_text(before)
+        # Else its features would be older than it.
+        os.utime(manifest, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
+from sonosco_mlflow.tracking.readiness import require_current
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.tracking.segments import newest_segment
@@ -85,7 +86,7 @@ def train(
     name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
     with Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project) as experiment:
         experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
-        folder = prepare_data(config, project) if prepare else ready_data(config, project)
+        folder = prepare_data(config, project) if prepare else _current_data(config, project)
         return _train(experiment, config, folder, results, until_step)
 
 
@@ -126,7 +127,7 @@ def resume(
         return None
     check_recipe(config)
     with Experiment.resume(run_id, config, allowed_changes=allowed_changes, project=project) as experiment:
-        folder = _data_of(experiment, config, project) if prepare else ready_data(config, project)
+        folder = _data_of(experiment, config, project) if prepare else _current_data(config, project)
         return _train(experiment, config, folder, results)
 
 
@@ -166,6 +167,13 @@ def _unfinished(config: Config, project: Path) -> str | None:
     determinism.configure(config.training.threads)
     lineage = DataLineage.of_folder(ready_data(config, project))
     return find_unfinished(config.tracking.experiment, Origin.take(config, project), lineage.digest)
+
+
+def _current_data(config: Config, project: Path) -> DataFolder:
+    """Return the data as it lies there, refused where it is not what it is taken for."""
+    folder = ready_data(config, project)
+    require_current(folder)
+    return folder
 
 
 def _data_of(experiment: Experiment, config: Config, project: Path) -> DataFolder:

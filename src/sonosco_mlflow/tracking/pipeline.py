@@ -104,12 +104,12 @@ def locked(path: Path) -> Iterator[None]:
 
 def stage_outputs(folder: DataFolder) -> dict[str, str]:
     """Return DVC's digest of each data output, by its path below the workspace, as ``dvc.lock`` states it."""
-    return {output["path"]: output["md5"] for stage in _locked_stages(folder).values() for output in stage["outs"]}
+    return {output["path"]: output["md5"] for stage in locked_stages(folder).values() for output in stage["outs"]}
 
 
 def lock_text(folder: DataFolder) -> str | None:
     """Return the ``dvc.lock`` of the data stages alone, by which DVC can bring the data again, or None without one."""
-    stages = _locked_stages(folder)
+    stages = locked_stages(folder)
     if not stages:
         return None
     text = io.StringIO()
@@ -117,7 +117,8 @@ def lock_text(folder: DataFolder) -> str | None:
     return text.getvalue()
 
 
-def _locked_stages(folder: DataFolder) -> dict[str, Any]:
+def locked_stages(folder: DataFolder) -> dict[str, Any]:
+    """Return what ``dvc.lock`` says of each data stage; nothing of one that has not been run."""
     lock = folder.root.parent / "dvc.lock"
     if not lock.exists():
         return {}

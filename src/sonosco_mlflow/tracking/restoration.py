@@ -4,7 +4,6 @@ The project may have gone on to other data since, and its ``dvc.lock`` is the us
 into a DVC workspace of its own, named after the digest, which no other data replaces while a run reads from it.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +12,16 @@ from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import (
-    dvc,
     fetch_data,
     make_private,
     ready_data,
     reproduce,
     require_pipeline,
     require_source,
-    stage_outputs,
     workspace_locked,
     workspace_of,
 )
+from sonosco_mlflow.tracking.readiness import changed_files
 
 
 def restore_data(
@@ -93,11 +91,4 @@ def _holds(folder: DataFolder, expected: str) -> bool:
         lineage = DataLineage.of_folder(folder)
     except (UserError, OSError):
         return False
-    return lineage.digest == expected and _is_unchanged(folder)
-
-
-def _is_unchanged(folder: DataFolder) -> bool:
-    # The digest knows the features by `dvc.lock` alone. Not `dvc status`: it says nothing of files whose cache is gone.
-    # This one takes names of stages for paths, silently finds none, and tells of no change.
-    status = dvc(folder.root.parent, "data", "status", "--json", *stage_outputs(folder))
-    return status.returncode == 0 and not json.loads(status.stdout).get("uncommitted")
+    return lineage.digest == expected and changed_files(folder) == []

@@ -1,0 +1,72 @@
+"""Whether the data that lies ready is what ``dvc.lock`` says, and its features are of its manifests."""
+
+import json
+from pathlib import PurePosixPath
+
+from sonosco_mlflow.data.corpora.base import SPLITS, some
+from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.pipeline import dvc, locked_stages, stage_outputs
+
+_MEND = "`dvc repro features` makes them anew"
+
+
+def require_current(folder: DataFolder) -> None:
+    """Return if the data can be trained on as it lies there, without a stage being run.
+
+    Raises:
+        UserError: the features are older than their manifests, or a file is not the one that ``dvc.lock`` names; the
+            message names it and says what to do.
+    """
+    stages = locked_stages(folder)
+    if "features" not in stages:
+        _require_newer_features(folder)
+        return
+    outputs = stage_outputs(folder)
+    older = [
+        dependency["path"]
+        for dependency in stages["features"]["deps"]
+        if outputs.get(dependency["path"], dependency["md5"]) != dependency["md5"]
+    ]
+    if older:
+        raise UserError(f"{folder.features}: the features are of other {' and '.join(older)} than lie there; {_MEND}")
+    changed = changed_files(folder)
+    if changed is None:
+        raise UserError(
+            f"{folder.root}: DVC cannot tell whether the data is what dvc.lock says; `dvc data status` shows why"
+        )
+    if changed:
+        raise UserError(
+            f"{folder.root.parent / 'dvc.lock'}: the data differs from it: {some(changed)}; `dvc repro` brings both "
+            "together, `dvc checkout --force` puts the data back"
+        )
+
+
+def changed_files(folder: DataFolder) -> list[str] | None:
+    """Return the files that are not what ``dvc.lock`` says, or None where DVC cannot tell."""
+    # The digest knows the features by `dvc.lock` alone. Not `dvc status`: it says nothing of files whose cache is gone.
+    # This one takes names of stages for paths, silently finds none, and tells of no change.
+    status = dvc(folder.root.parent, "data", "status", "--json", "--granular", *stage_outputs(folder))
+    if status.returncode != 0:
+        return None
+    uncommitted = json.loads(status.stdout).get("uncommitted", {})
+    # Of a folder that is named beside its files, the files say more.
+    names = {_path(entry) for entries in uncommitted.values() for entry in entries}
+    return sorted(name for name in names if not any(other != name and _is_below(other, name) for other in names))
+
+
+def _require_newer_features(folder: DataFolder) -> None:
+    # Made by the verbs one by one, without DVC: then only the clock knows.
+    for split in SPLITS:
+        features, manifest = folder.store(split) / "index.jsonl", folder.manifest(split)
+        if features.exists() and manifest.exists() and features.stat().st_mtime < manifest.stat().st_mtime:
+            raise UserError(f"{folder.store(split)}: the features are older than {manifest}; {_MEND}")
+
+
+def _path(entry: object) -> str:
+    # A renamed file is told as its two names.
+    return str(entry["new"] if isinstance(entry, dict) else entry)
+
+
+def _is_below(name: str, folder: str) -> bool:
+    return PurePosixPath(name).is_relative_to(folder.rstrip("/"))
