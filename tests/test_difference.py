@@ -1,6 +1,7 @@
 """Two runs of a toy, and what `sonosco diff` makes of how they differ."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -94,6 +95,22 @@ def test_other_code_is_shown_line_by_line(first: str, tone_manifest: Manifest, p
     page = difference_page(found)
     assert "&lt;b&gt;not bold" in page
     assert "<b>not" not in page
+
+
+def test_files_that_no_training_runs_can_have_changed_nothing(
+    first: str, tone_manifest: Manifest, project: Path
+) -> None:
+    for name in ("README.md", "tests/test_model.py"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("new\n")
+    try:
+        found = compare(first, run_experiment(toy_trainer(tone_manifest), project), project)
+    finally:
+        shutil.rmtree(project / "tests")
+        (project / "README.md").unlink()
+    (change,) = found.changes
+    assert (change.what, change.matters) == (("README.md", "tests/test_model.py"), False)
+    assert "code (can have changed nothing)\n  README.md" in difference_text(found)
 
 
 def test_other_data_environment_and_arithmetic_are_each_named(

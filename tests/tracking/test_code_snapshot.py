@@ -102,6 +102,18 @@ def test_the_patch_makes_the_commit_what_ran(repository: Path, tmp_path_factory:
     assert tree(clone) == expected
 
 
+def test_a_change_in_the_second_of_the_commit_is_in_the_patch(repository: Path) -> None:
+    """Size and time are then those that git has noted; only the time of its index tells it to look."""
+    git(repository, "config", "core.trustctime", "false")
+    tracked = repository / "tracked.py"
+    committed = tracked.stat()
+    tracked.write_text("x = 2\n")
+    for path in (tracked, repository / ".git" / "index"):
+        os.utime(path, ns=(committed.st_mtime_ns, committed.st_mtime_ns))
+    time.sleep(1.1)
+    assert b"+x = 2" in snapshot_code(repository).patch
+
+
 def test_the_digest_depends_on_contents_names_and_modes_and_on_nothing_else(repository: Path) -> None:
     first = snapshot_code(repository)
     (repository / "tracked.py").write_text("x = 2\n")

@@ -238,7 +238,8 @@ def _patch(repository: git.Repo, withheld: list[str]) -> bytes:
         # In a copy of the index the untracked texts are announced; the user's stays as it is.
         index, own = Path(scratch) / "index", Path(repository.git_dir) / "index"
         if own.exists():
-            shutil.copyfile(own, index)
+            # With its time: by that git knows which files may have changed in the very second in which it was written.
+            shutil.copy2(own, index)
         with repository.git.custom_environment(GIT_INDEX_FILE=str(index)):
             if texts:
                 names = Path(scratch) / "names"

@@ -1,0 +1,73 @@
+"""A token that lies in a project, in its remote's address and in the environment leaves with no part of a run."""
+
+import sqlite3
+import subprocess
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from experiments import new_project, run_experiment, toy_trainer
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.tracking.code_snapshot import unpack
+from sonosco_mlflow.tracking.store import find_run
+
+TOKENS = {
+    "in a file that git ignores not": "tok-untracked-5f1c9a",
+    "in a file that git knows, changed since": "tok-tracked-77ab02",
+    "in the remote's address": "tok-remote-c0ffee",
+    "in a variable": "tok-variable-91d2e3",
+    "in a name that says nothing": "hf_" + "k9Zq" * 9,
+}
+
+
+def git(project: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=project, check=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    new_project(folder)
+    untracked, tracked, remote, variable, plain = TOKENS.values()
+    (folder / "service.env").write_text("TOKEN=before\n")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "first")
+    git(folder, "remote", "add", "origin", f"https://user:{remote}@example.org/project.git?access_token={remote}")
+    (folder / "service.env").write_text(f"TOKEN={tracked}\n")
+    (folder / ".env").write_text(f"TOKEN={untracked}\n")
+    (folder / "notes.txt").write_text(f"the one of the hub is {plain}\n")
+    (folder / "model.py").write_text("x = 2\n")
+    monkeypatch.setenv("MY_SERVICE_TOKEN", variable)
+    return folder
+
+
+def everything(folder: Path, artifacts: Path, database: Path) -> dict[str, bytes]:
+    """All that a run left, by where it lies; archives both as they are and unpacked."""
+    found = {str(path): path.read_bytes() for root in (folder, artifacts) for path in root.rglob("*") if path.is_file()}
+    with sqlite3.connect(database) as store:
+        tables = [name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        found |= {f"{table}": repr(list(store.execute(f"SELECT * FROM {table}"))).encode() for table in tables}
+    store.close()
+    return found
+
+
+def test_a_token_leaves_with_no_part_of_a_run(
+    project: Path, tone_manifest: Manifest, tracking_store: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=r"\.env"):
+        experiment = run_experiment(toy_trainer(tone_manifest), project)
+    artifacts = Path(find_run(experiment.run.id).info.artifact_uri.removeprefix("file://"))
+    left = everything(experiment.folder, artifacts, Path(tracking_store.removeprefix("sqlite:///")))
+    unpacked = tmp_path / "unpacked"
+    unpack((artifacts / "code" / "snapshot.zip").read_bytes(), unpacked)
+    left |= {str(path): path.read_bytes() for path in unpacked.rglob("*") if path.is_file()}
+    assert b"x = 2" in left[str(unpacked / "model.py")], "the snapshot is not what is looked at"
+    assert b"x = 2" in left[str(artifacts / "code" / "uncommitted.patch")]
+    assert any(b"example.org/project.git" in content for content in left.values())
+    where = {
+        place: [name for name, content in left.items() if token.encode() in content] for place, token in TOKENS.items()
+    }
+    assert where == {place: [] for place in TOKENS}
+    assert mlflow.get_run(experiment.run.id).info.status == "FINISHED"
