@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from sonosco_mlflow.tracking.changes import Change, code_changes, code_difference, listed
+from sonosco_mlflow.tracking.changes import Change, code_changes, listed, unified_code_diff
 from sonosco_mlflow.tracking.comparison import Parting
 from sonosco_mlflow.tracking.difference import likeliest_first
 
@@ -66,8 +66,8 @@ def test_code_that_differs_is_shown_line_by_line() -> None:
     recipe = {"params.yaml": "of the recipe", "dvc.lock": "of the data"}
     one, other = archive({**BEFORE, **recipe}), archive(AFTER, executable=("run.sh",))
     assert code_changes(one, other) == ["b.bin", "end", "gone.py", "lr.py", "new.py", "run.sh"]
-    assert code_difference(one, other) == DIFFERENCE
-    assert code_difference(one, one) == ""
+    assert unified_code_diff(one, other) == DIFFERENCE
+    assert unified_code_diff(one, one) == ""
 
 
 def test_of_many_names_the_first_are_listed() -> None:

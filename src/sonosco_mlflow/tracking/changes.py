@@ -96,7 +96,7 @@ def code_changes(recorded: bytes, present: bytes) -> list[str]:
     return [name for name in names if name not in NOT_CODE]
 
 
-def code_difference(recorded: bytes, present: bytes) -> str:
+def unified_code_diff(recorded: bytes, present: bytes) -> str:
     """Return how the code of two snapshots differs, as a unified diff."""
     was, now = _contents(recorded), _contents(present)
     return "".join(_file_difference(name, was.get(name), now.get(name)) for name in code_changes(recorded, present))

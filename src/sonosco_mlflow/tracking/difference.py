@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.changes import Change, code_difference, input_changes
+from sonosco_mlflow.tracking.changes import Change, input_changes, unified_code_diff
 from sonosco_mlflow.tracking.comparison import Comparison, Parting, compare_runs
 from sonosco_mlflow.tracking.description import RunLine
 from sonosco_mlflow.tracking.mlflow_run import metric_records
@@ -126,7 +126,7 @@ def likeliest_first(changes: Sequence[Change], parting: Parting | None) -> list[
 
 def _code(one: Segment, other: Segment) -> str:
     try:
-        return code_difference(one.archive(), other.archive())
+        return unified_code_diff(one.archive(), other.archive())
     except UserError:
         # A run that was killed as it began; its change says so.
         return ""
