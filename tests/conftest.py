@@ -54,6 +54,15 @@ def tracking_store(tracking_database: str, monkeypatch: pytest.MonkeyPatch) -> s
     return tracking_database
 
 
+@pytest.fixture(scope="module")
+def module_store(tracking_database: str) -> Iterator[str]:
+    """The same store, for fixtures that live as long as a module does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
+        mlflow.set_tracking_uri(None)
+        yield tracking_database
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
     """The folder of a run's checkpoints."""

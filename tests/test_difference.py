@@ -25,14 +25,6 @@ pytestmark = pytest.mark.usefixtures("module_store")
 
 
 @pytest.fixture(scope="module")
-def module_store(tracking_database: str) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
-        mlflow.set_tracking_uri(None)
-        yield tracking_database
-
-
-@pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_project(tmp_path_factory.mktemp("project"))
 

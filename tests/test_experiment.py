@@ -58,15 +58,6 @@ LEASE_TAGS = {"sonosco.owner", "sonosco.host", "sonosco.pid", "sonosco.heartbeat
 
 
 @pytest.fixture(scope="module")
-def module_store(tracking_database: str) -> Iterator[str]:
-    """The store, for fixtures that live as long as this module does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
-        mlflow.set_tracking_uri(None)
-        yield tracking_database
-
-
-@pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_project(tmp_path_factory.mktemp("project"))
 
