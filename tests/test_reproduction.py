@@ -170,7 +170,7 @@ from sonosco_mlflow import (
     AudioDataLoader, AudioDataProcessor, AudioDataset, CharacterTokenizer, Experiment, Manifest, ModelTrainer, metrics
 )
 
-manifest = Manifest.read(Path("tones/manifest.jsonl"))
+manifest = Manifest.read(Path(sys.argv[2], "manifest.jsonl"))
 tokenizer = CharacterTokenizer.of(utterance.text for utterance in manifest)
 dataset = AudioDataset(manifest, AudioDataProcessor(n_mels=8), tokenizer)
 loader = AudioDataLoader(dataset, frames_per_batch=200, seed=0)
@@ -186,23 +186,34 @@ with Experiment.create({"seed": sys.argv[1]}) as experiment:
 """
 
 
-def test_a_run_of_a_program_of_the_users_is_made_again(tmp_path: Path, empty_database: Path) -> None:
+@pytest.mark.parametrize("place", ["repository", "elsewhere"])
+def test_a_run_of_a_program_of_the_users_is_made_again(tmp_path: Path, empty_database: Path, place: str) -> None:
+    """It lies in the project, which is a repository; or outside of it, as its model does, and git knows of nothing."""
     folder = tmp_path / "project"
-    tone_corpus(folder / "tones", tone_texts(6)).write(folder / "tones" / "manifest.jsonl")
-    run(["git", "init", "--quiet"], folder)
-    (folder / "own").mkdir()
-    (folder / "own" / "model.py").write_text(MODEL)
-    (folder / "program.py").write_text(PROGRAM)
+    tones = tmp_path / "tones"
+    tone_corpus(tones, tone_texts(6)).write(tones / "manifest.jsonl")
+    folder.mkdir()
+    program, library = folder, folder
+    if place == "repository":
+        run(["git", "init", "--quiet"], folder)
+    else:
+        program, library = tmp_path / "programs", tmp_path / "library"
+        program.mkdir()
+    (library / "own").mkdir(parents=True)
+    (library / "own" / "model.py").write_text(MODEL)
+    (program / "program.py").write_text(PROGRAM)
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     with_artifacts(tmp_path)
     project = Project(folder, tmp_path / "mlflow.db")
-    project.variables["PYTHONPATH"] = str(REPOSITORY / "src")
-    project.run([sys.executable, "program.py", "3"])
+    project.variables["PYTHONPATH"] = f"{REPOSITORY / 'src'}:{library}"
+    project.run([sys.executable, str(program / "program.py"), "3", str(tones)])
     original = project.trainings()[0].info.run_id
-    shutil.rmtree(folder)
+    project.variables["PYTHONPATH"] = str(REPOSITORY / "src")
+    for gone in {folder, program, library}:
+        shutil.rmtree(gone)
     folder.mkdir()
     said = reproduce(project, original)
-    assert "making the run again: python program.py 3" in said
+    assert f"program.py 3 {tones}" in said
     assert "**bit-identical**" in said
     said = reproduce(project, original, "--until-step", "1", status=1)
     assert "a program of its own, which knows no --until-step" in said

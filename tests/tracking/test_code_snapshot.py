@@ -14,7 +14,15 @@ import pytest
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import archive_digest, snapshot_code, unpack
+from sonosco_mlflow.tracking.imported_code import ImportedCode
 from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
+
+
+@pytest.fixture(autouse=True)
+def nothing_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests themselves have imported is no part of their repositories."""
+    nothing = ImportedCode({}, {})
+    monkeypatch.setattr("sonosco_mlflow.tracking.code_snapshot.imported_code", lambda *_, **__: nothing)
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -152,12 +160,6 @@ def test_before_the_first_commit_and_detached(tmp_path: Path, repository: Path) 
     snapshot = snapshot_code(unborn)
     assert snapshot.commit is None
     assert names(snapshot.archive) == ["a.py"]
-
-
-def test_outside_git_the_package_itself_is_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
-    snapshot = snapshot_code(tmp_path_factory.mktemp("bare"))
-    assert snapshot.commit is None
-    assert "tracking/code_snapshot.py" in names(snapshot.archive)
 
 
 def test_credentials_do_not_leave(repository: Path) -> None:

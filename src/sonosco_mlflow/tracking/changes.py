@@ -15,7 +15,14 @@ from sonosco_mlflow.tracking.code_snapshot import NOT_CODE, archived_files
 from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.kept_data import KeptData, kept_data_changes
 from sonosco_mlflow.tracking.segments import Segment
-from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, CONFIG_DIGEST, DATA_DIGEST, ENVIRONMENT_DIGEST
+from sonosco_mlflow.tracking.tags import (
+    CANARY,
+    CODE_DIGEST,
+    CONFIG_DIGEST,
+    DATA_DIGEST,
+    ENVIRONMENT_DIGEST,
+    IMPORTED_DIGEST,
+)
 
 # A longer list hides what it should show.
 MOST_NAMES = 6
@@ -56,19 +63,19 @@ def input_changes(
         others_tags: the tags of that one.
         project: a project whose DVC cache or remotes may have the data of both.
     """
-    find: dict[str, tuple[str, Callable[[], Change]]] = {
-        CONFIG_DIGEST: ("config", lambda: _config(one, other)),
-        DATA_DIGEST: ("data", lambda: Change("data", tuple(_data(one, other, project)))),
-        CODE_DIGEST: ("code", lambda: _code(one, other)),
-        ENVIRONMENT_DIGEST: (
+    find: dict[tuple[str, ...], tuple[str, Callable[[], Change]]] = {
+        (CONFIG_DIGEST,): ("config", lambda: _config(one, other)),
+        (DATA_DIGEST,): ("data", lambda: Change("data", tuple(_data(one, other, project)))),
+        (CODE_DIGEST, IMPORTED_DIGEST): ("code", lambda: _code(one, other)),
+        (ENVIRONMENT_DIGEST,): (
             "environment",
             lambda: Change("environment", tuple(environment_changes(one.environment(), other.environment()))),
         ),
-        CANARY: ("numerics", lambda: Change("numerics", tuple(_numerics(one.environment(), other.environment())))),
+        (CANARY,): ("numerics", lambda: Change("numerics", tuple(_numerics(one.environment(), other.environment())))),
     }
     changes = []
-    for tag, (name, make) in find.items():
-        if its_tags.get(tag) == others_tags.get(tag):
+    for tags, (name, make) in find.items():
+        if all(its_tags.get(tag) == others_tags.get(tag) for tag in tags):
             continue
         try:
             changes.append(make())

@@ -2,6 +2,7 @@
 
 The snapshot holds every file that git tracks and every untracked one that it does not ignore, as they are in the
 working tree: the commit alone would not say what ran. Beside it stand the commit, and what turns it into what ran.
+Code that was imported from elsewhere is in it too (:mod:`.imported_code`).
 
 >>> snapshot = snapshot_code(Path())                       # doctest: +SKIP
 >>> unpack(snapshot.archive, Path("/tmp/then"))            # doctest: +SKIP
@@ -16,13 +17,14 @@ import stat
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import git
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.imported_code import ImportedCode, imported_code, is_the_programs
 from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
 
 LARGEST_FILE = 10 * 1024 * 1024
@@ -42,13 +44,16 @@ class CodeSnapshot:
     Attributes:
         root: folder that the names in the archive start from.
         archive: bytes of a zip of all files; equal files give equal bytes.
-        digest: sha256 over names, modes and contents, save the recipe's and ``dvc.lock``'s.
+        digest: sha256 over names, modes and contents, save the recipe's and ``dvc.lock``'s, of the repository and this
+            package.
+        imported_digest: the same of what else the program has imported; empty where that is nothing.
         patch: the difference to the commit, for ``git apply``; untracked texts are new files in it.
         commit: hexadecimal id, or None outside git or before the first commit.
         branch: its name, or None when detached or outside git.
         remote: address of ``origin`` without credentials, or None.
         dirty: whether code differs from the commit, untracked files included.
         submodules: commit of each, by path.
+        imported: what the process had imported by then.
         left_out: mode and sha256 of each file that is too large for the archive.
         withheld: files that look like secrets; nothing of them is kept.
     """
@@ -56,12 +61,14 @@ class CodeSnapshot:
     root: Path
     archive: bytes
     digest: str
+    imported_digest: str = ""
     patch: bytes = b""
     commit: str | None = None
     branch: str | None = None
     remote: str | None = None
     dirty: bool = True
     submodules: dict[str, str] = field(default_factory=dict)
+    imported: ImportedCode = field(default_factory=lambda: ImportedCode({}, {}))
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     withheld: list[str] = field(default_factory=list)
 
@@ -81,37 +88,54 @@ class CodeSnapshot:
 
 
 def snapshot_code(folder: Path) -> CodeSnapshot:
-    """Take the snapshot of the repository that ``folder`` is in; outside git, of the package itself.
+    """Take the snapshot of the repository that ``folder`` is in; outside git, of what this process has imported.
 
     Files that look like secrets are named by a warning and left out.
     """
     try:
         repository = git.Repo(folder, search_parent_directories=True)
     except git.InvalidGitRepositoryError:
-        root = Path(__file__).resolve().parents[1]
-        packed = _Packing(root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")))
-        return CodeSnapshot(root, packed.archive, packed.digest)
+        root = folder.resolve()
+        return _packed(root, imported_code(root, in_git=False), {})
     with repository:
         root = Path(repository.working_dir)
-        packed = _Packing(root, [*_listed(repository, "--cached"), *_listed(repository, "--others")])
-        if packed.withheld:
-            warnings.warn(
-                f"left out of the run's code, because they look like secrets: {', '.join(packed.withheld)}",
-                stacklevel=2,
-            )
-        return CodeSnapshot(
-            root=root,
-            archive=packed.archive,
-            digest=packed.digest,
+        listed = {name: root / name for kind in ("--cached", "--others") for name in _listed(repository, kind)}
+        packed = _packed(root, imported_code(root, in_git=True), listed)
+        return replace(
+            packed,
             patch=_patch(repository, packed.withheld),
             commit=repository.head.commit.hexsha if repository.head.is_valid() else None,
             branch=None if repository.head.is_detached else repository.active_branch.name,
             remote=without_credentials(repository.remotes.origin.url) if "origin" in repository.remotes else None,
             dirty=not repository.head.is_valid() or _is_changed(repository),
             submodules=_submodules(repository),
-            left_out=packed.left_out,
-            withheld=packed.withheld,
         )
+
+
+def _packed(root: Path, imported: ImportedCode, listed: Mapping[str, Path]) -> CodeSnapshot:
+    packed = _Packing({**imported.files, **listed})
+    if packed.withheld:
+        warnings.warn(
+            f"left out of the run's code, because they look like secrets: {', '.join(packed.withheld)}", stacklevel=3
+        )
+    return CodeSnapshot(
+        root=root,
+        archive=packed.archive,
+        digest=_digest(packed.entries),
+        imported_digest=_digest(packed.entries, imported=True) if any(map(is_the_programs, packed.entries)) else "",
+        imported=imported,
+        left_out=packed.left_out,
+        withheld=packed.withheld,
+    )
+
+
+def imported_since(snapshot: CodeSnapshot) -> list[Path]:
+    """Return what this process has imported since, and the snapshot does not have."""
+    root = snapshot.root.resolve()
+    with zipfile.ZipFile(io.BytesIO(snapshot.archive)) as files:
+        known = {root / name for name in (*files.namelist(), *snapshot.left_out, *snapshot.withheld)}
+    imported = imported_code(root, in_git=True)
+    return sorted({*imported.files.values()} - {*snapshot.imported.files.values()} - known)
 
 
 def unpack(archive: bytes, folder: Path) -> None:
@@ -144,39 +168,37 @@ def unpack(archive: bytes, folder: Path) -> None:
 
 
 class _Packing:
-    """Files of ``root`` packed into an archive, with one digest of them all."""
+    """Files packed into an archive under their names; ``entries`` has the mode and sha256 of each."""
 
-    def __init__(self, root: Path, names: list[str]) -> None:
+    def __init__(self, files: Mapping[str, Path]) -> None:
         self.left_out: dict[str, tuple[int, str]] = {}
         self.withheld: list[str] = []
+        self.entries: dict[str, tuple[int, str]] = {}
         buffer = io.BytesIO()
-        entries = []
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in sorted({*names}):
-                path = root / name
+            for name, path in sorted(files.items()):
                 # Deleted and not committed; or a submodule, whose commit is part of the repository's own.
                 if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
                     continue
                 if is_secret(path):
                     self.withheld.append(name)
                     continue
-                entries.append(self._add(archive, path, name))
+                self.entries[name] = self._add(archive, path, name)
         self.archive = buffer.getvalue()
-        self.digest = _digest(entries)
 
-    def _add(self, archive: zipfile.ZipFile, path: Path, name: str) -> tuple[str, int, str]:
+    def _add(self, archive: zipfile.ZipFile, path: Path, name: str) -> tuple[int, str]:
         status = path.lstat()
         # Of the mode only the kind of file and the executable bit count, as in git.
         kind = stat.S_IFMT(status.st_mode) | (0o755 if status.st_mode & stat.S_IXUSR else 0o644)
         if status.st_size > LARGEST_FILE:
             self.left_out[name] = kind, file_digest(path)
-            return name, *self.left_out[name]
+            return self.left_out[name]
         content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
         entry = zipfile.ZipInfo(name, _ARCHIVE_DATE)
         entry.external_attr = kind << 16
         entry.compress_type = zipfile.ZIP_DEFLATED
         archive.writestr(entry, content)
-        return name, kind, hashlib.sha256(content).hexdigest()
+        return kind, hashlib.sha256(content).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -187,8 +209,22 @@ def file_digest(path: Path) -> str:
 
 def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]]) -> str:
     """Return the digest (:attr:`CodeSnapshot.digest`) of the code in an archive, and of what was too large for it."""
-    files = {**archived_files(archive), **left_out}
-    return _digest((name, *files[name]) for name in sorted(files))
+    return _digest({**archived_files(archive), **left_out})
+
+
+def imported_digests(archive: bytes, other: bytes) -> tuple[str, str]:
+    """Return the digests of those modules of the program's, from outside the repository, that two archives both have.
+
+    A program that continues a run may be another one than began it, and import more or less.
+    """
+    one, two = archived_files(archive), archived_files(other)
+    shared = {_top(name) for name in one} & {_top(name) for name in two}
+    first, second = ({name: files[name] for name in files if _top(name) in shared} for files in (one, two))
+    return _digest(first, imported=True), _digest(second, imported=True)
+
+
+def _top(name: str) -> str:
+    return "/".join(name.split("/")[:2])
 
 
 def archived_files(archive: bytes) -> dict[str, tuple[int, str]]:
@@ -200,12 +236,12 @@ def archived_files(archive: bytes) -> dict[str, tuple[int, str]]:
         }
 
 
-def _digest(entries: Iterable[tuple[str, int, str]]) -> str:
-    """Return the sha256 over name, mode and content's sha256 of each file, in order."""
+def _digest(entries: Mapping[str, tuple[int, str]], *, imported: bool = False) -> str:
+    """Return the sha256 over name, mode and content's sha256 of each file of code, of the one kind or the other."""
     digest = hashlib.sha256()
-    for entry in entries:
-        if entry[0] not in NOT_CODE:
-            digest.update(json.dumps(entry).encode())
+    for name in sorted(entries):
+        if name not in NOT_CODE and is_the_programs(name) == imported:
+            digest.update(json.dumps((name, *entries[name])).encode())
     return digest.hexdigest()
 
 

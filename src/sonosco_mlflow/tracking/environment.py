@@ -61,6 +61,8 @@ def describe_environment(threads: int, canary: str, project: Path) -> Environmen
     installed beside them, such as a linter, change no result.
     """
     pins = {_normal(item.metadata["Name"]): item.version for item in importlib.metadata.distributions()}
+    # Of this package the run keeps the code itself.
+    pins.pop("sonosco-mlflow", None)
     pinned = project / "requirements.txt"
     if pinned.exists():
         names = {_normal(line.partition("==")[0]) for line in pinned.read_text(encoding="utf-8").splitlines()}

@@ -22,6 +22,7 @@ from sonosco_mlflow.tracking.environment import Environment
 CHANGE_OF = {
     "config": "config",
     "code": "code",
+    "imported": "code",
     "data": "data",
     "vocabulary": "vocabulary",
     "batches": "data",

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -17,18 +17,26 @@ from sonosco_mlflow.tracking.environment import Environment, describe_environmen
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.secrecy import without_credentials
-from sonosco_mlflow.tracking.tags import CANARY, CODE_DIGEST, COMMIT, CONFIG_DIGEST, DIRTY, ENVIRONMENT_DIGEST
+from sonosco_mlflow.tracking.tags import (
+    CANARY,
+    CODE_DIGEST,
+    COMMIT,
+    CONFIG_DIGEST,
+    DIRTY,
+    ENVIRONMENT_DIGEST,
+    IMPORTED_DIGEST,
+)
 from sonosco_mlflow.training.trainer import ModelTrainer
 
 
 @dataclass(frozen=True)
 class Command:
-    """How a process was started, without credentials; places are relative to the repository.
+    """How a process was started, without credentials; places are relative to the folder of the run's code.
 
     Attributes:
         arguments: of the interpreter.
-        folder: where it was started.
-        path: folders of the repository in ``PYTHONPATH``.
+        folder: where it was started; where that was elsewhere, the folder of the code itself.
+        path: folders that modules are imported from.
         trains_recipe: whether it trains a recipe, as ``sonosco train`` does, rather than what a program of the user's
             sets up.
     """
@@ -39,14 +47,15 @@ class Command:
     trains_recipe: bool
 
     @classmethod
-    def of_this_process(cls, root: Path, *, trains_recipe: bool) -> Self:
-        """Describe this process; ``root`` is the repository's folder."""
-        root = root.resolve()
-        path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    def of_this_process(cls, code: CodeSnapshot, *, trains_recipe: bool) -> Self:
+        """Describe this process."""
+        root = code.root.resolve()
+        folder = Path.cwd() if Path.cwd().is_relative_to(root) else root
+        program = getattr(sys.modules["__main__"], "__file__", None)
         return cls(
-            arguments=tuple(_portable(argument, root) for argument in sys.orig_argv[1:]),
-            folder=os.path.relpath(Path.cwd(), root),
-            path=tuple(os.path.relpath(entry, root) for entry in path if Path(entry).resolve().is_relative_to(root)),
+            arguments=tuple(_portable(argument, code, program, folder) for argument in sys.orig_argv[1:]),
+            folder=os.path.relpath(folder, root),
+            path=tuple(_searched(code)),
             trains_recipe=trains_recipe,
         )
 
@@ -63,11 +72,24 @@ class Command:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def _portable(argument: str, root: Path) -> str:
+def _portable(argument: str, code: CodeSnapshot, program: str | None, folder: Path) -> str:
     path = Path(argument)
+    root = code.root.resolve()
+    if program is not None and path.resolve() == Path(program).resolve():
+        place = code.imported.place_of(path)
+        if place is not None:
+            return os.path.relpath(root / place, folder)
     if path.is_absolute() and path.is_relative_to(root):
-        return os.path.relpath(path, Path.cwd())
+        return os.path.relpath(path, folder)
     return without_credentials(argument) if "://" in argument else argument
+
+
+def _searched(code: CodeSnapshot) -> Iterator[str]:
+    """Yield where modules are found, in the order in which they are looked for."""
+    searched = [Path(entry).resolve() for entry in sys.path]
+    places = code.imported.places
+    for folder in sorted(places, key=lambda place: searched.index(place) if place in searched else len(searched)):
+        yield from places[folder]
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,7 @@ class Origin:
             code=code,
             environment=describe_environment(torch.get_num_threads(), canary(), project),
             settings=settings,
-            command=Command.of_this_process(code.root, trains_recipe=isinstance(config, Config)),
+            command=Command.of_this_process(code, trains_recipe=isinstance(config, Config)),
         )
 
     @property
@@ -111,7 +133,8 @@ class Origin:
 
     def tags(self) -> dict[str, str]:
         """Return what a run is tagged with."""
-        return {
+        imported = {IMPORTED_DIGEST: self.code.imported_digest} if self.code.imported_digest else {}
+        return imported | {
             CODE_DIGEST: self.code.digest,
             COMMIT: self.code.commit or "none",
             DIRTY: str(self.code.dirty).lower(),

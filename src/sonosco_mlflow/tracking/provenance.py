@@ -1,8 +1,10 @@
 """What MLflow is told of where a run comes from, before its first step and before the first of each later segment."""
 
+import warnings
 from dataclasses import dataclass
 
 from sonosco_mlflow.serialization.checkpoint import Checkpoint
+from sonosco_mlflow.tracking.code_snapshot import imported_since
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
@@ -24,12 +26,14 @@ class Provenance:
 
     def log_data(self, run: TrackedRun) -> None:
         """Log the data of a run that begins; its origin was logged as it was made."""
+        self._warn_of_late_imports()
         run.set_tags(self.lineage.tags())
         self.lineage.log(run)
         run.adopt_data_runs(self.lineage.digest)
 
     def log_segment(self, run: TrackedRun, segment: Segment, checkpoint: Checkpoint | None) -> None:
         """Log all of it for a segment that goes on from ``checkpoint``; its record last: then all is there."""
+        self._warn_of_late_imports()
         self.origin.log(run, segment.folder)
         self.lineage.log(run, segment.folder)
         run.log_text(segment.record(checkpoint), f"{segment.folder}{RECORD}")
@@ -40,3 +44,12 @@ class Provenance:
         if changed:
             run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})
         run.adopt_data_runs(self.lineage.digest)
+
+    def _warn_of_late_imports(self) -> None:
+        late = imported_since(self.origin.code)
+        if late:
+            warnings.warn(
+                f"imported after the run's code was kept, and not in it: {', '.join(map(str, late))}; import it before "
+                "the Experiment is made",
+                stacklevel=4,
+            )

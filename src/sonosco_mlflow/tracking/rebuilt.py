@@ -56,10 +56,7 @@ class Rebuilt:
         kept = {name: value for name, value in os.environ.items() if name not in NUMERICS}
         recorded = self.environment.system["variables"]
         assert isinstance(recorded, dict)
-        # The project's own copy of this package, where it has one, as the run had it.
-        own = self.folder / "src"
-        package = own if (own / "sonosco_mlflow").is_dir() else Path(__file__).resolve().parents[2]
-        path = [str(package), *(str(self.tree / name) for name in self.command.path)]
+        path = [str(self.tree / name) for name in self.command.path]
         return {
             **kept,
             **recorded,

@@ -16,6 +16,7 @@ from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
+from sonosco_mlflow.tracking.code_snapshot import imported_digests
 from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, missing_row, read_rows, rows_of
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
@@ -129,14 +130,18 @@ class Resumption:
             UserError: something differs and is not allowed.
         """
         last = self.last
+        recorded, present = self.digests, {**origin.digests, **data}
+        if origin.code.imported_digest:
+            recorded["imported"], present["imported"] = imported_digests(last.archive(), origin.code.archive)
         self.changes = identity.check_identity(
             self.tracked.id,
-            self.digests,
-            {**origin.digests, **data},
+            recorded,
+            present,
             self.allowed,
             {
                 "config": lambda: identity.config_difference(decisive(self.settings), decisive(origin.settings)),
                 "code": lambda: identity.code_difference(last.archive(), origin.code.archive),
+                "imported": lambda: identity.code_difference(last.archive(), origin.code.archive),
                 "data": lambda: identity.data_difference(last.lineage(), lineage.to_json()),
                 "vocabulary": lambda: "the tokenizer has another vocabulary",
                 "batches": lambda: "the training loader makes other batches (its seed, its size, or the data)",

@@ -1,0 +1,182 @@
+"""What a process has imported is kept, wherever it lies; each is a process of its own here."""
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from experiments import go_on, new_project, run_experiment, toy_trainer
+from project import REPOSITORY, environment
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.code_snapshot import imported_digests
+from sonosco_mlflow.tracking.imported_code import ImportedCode
+
+REPORT = """
+import json, sys
+from pathlib import Path
+from sonosco_mlflow.tracking.code_snapshot import archived_files, imported_since, snapshot_code
+from sonosco_mlflow.tracking.origin import Command
+
+snapshot = snapshot_code(Path(sys.argv[1]))
+import late
+command = Command.of_this_process(snapshot, trains_recipe=False)
+names = sorted(archived_files(snapshot.archive))
+digests = [snapshot.digest, snapshot.imported_digest]
+print(json.dumps([names, digests, vars(command), [str(path) for path in imported_since(snapshot)]]))
+"""
+
+
+def report(
+    folder: Path, arguments: list[str], *, project: Path, path: list[Path]
+) -> tuple[list[str], list[str], dict[str, object], list[str]]:
+    searched = ":".join(str(entry) for entry in [REPOSITORY / "src", *path])
+    ended = subprocess.run(
+        [sys.executable, *arguments, str(project)],
+        cwd=folder,
+        env=environment({"PYTHONPATH": searched}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names, digest, command, late = json.loads(ended.stdout)
+    ours = [name for name in names if "/sonosco_mlflow/" not in name]
+    assert len(names) - len(ours) > 100, "this package is in it"
+    return ours, digest, command, late
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A folder of modules, in no repository: a package, a namespace, a plain module."""
+    library = tmp_path / "library"
+    for name, text in {
+        "plain.py": "import kit\nimport space.part.inner\n",
+        "kit/__init__.py": "",
+        "kit/not_imported_yet.py": "",
+        "kit/table.json": "{}",
+        "kit/.env": "token=1",
+        "kit/__pycache__/old.pyc": "",
+        "space/part/inner.py": "",
+        "space/part/not_imported.py": "",
+        "not_imported.py": "",
+        "late.py": "",
+    }.items():
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(text)
+    return library
+
+
+def test_all_that_a_program_imports_is_kept_though_none_of_it_is_in_git(tmp_path: Path, library: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "program.py").write_text("import plain\n" + REPORT)
+    kept, digests, command, late = report(tmp_path, ["programs/program.py"], project=project, path=[library])
+    assert kept == [
+        ".imported/kit/kit/__init__.py",
+        ".imported/kit/kit/not_imported_yet.py",
+        ".imported/kit/kit/table.json",
+        ".imported/plain/plain.py",
+        ".imported/program/program.py",
+        ".imported/space/space/part/inner.py",
+    ]
+    assert command["arguments"] == [".imported/program/program.py", "."]
+    assert command["folder"] == "."
+    # In the order in which they were searched: the program's own folder, this package's, the library.
+    library_path = [".imported/kit", ".imported/plain", ".imported/space"]
+    assert command["path"] == [".imported/program", ".imported/sonosco_mlflow", *library_path]
+    assert late == [str(library / "late.py")]
+
+    # Where all of it lies is no code.
+    moved = tmp_path / "a" / "moved"
+    moved.parent.mkdir()
+    library.rename(moved)
+    programs.rename(tmp_path / "z")
+    assert report(tmp_path, ["z/program.py"], project=project, path=[moved])[:2] == (kept, digests)
+    (moved / "space" / "part" / "inner.py").write_text("x = 1\n")
+    changed = report(tmp_path, ["z/program.py"], project=project, path=[moved])[1]
+    assert changed[0] == digests[0]
+    assert changed[1] != digests[1] != ""
+
+
+def test_in_a_repository_git_says_what_is_code_and_what_is_imported_is_added(tmp_path: Path, library: Path) -> None:
+    project = tmp_path / "project"
+    (project / "own").mkdir(parents=True)
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    (project / ".gitignore").write_text("generated.py\nignored.py\n")
+    (project / "own" / "__init__.py").write_text("")
+    for name in ("generated", "ignored", "model", "other"):
+        (project / "own" / f"{name}.py").write_text("")
+    (project / "program.py").write_text("import own.generated, own.model, space.part.inner\n" + REPORT)
+    kept, _, command, late = report(project, ["program.py"], project=project, path=[library])
+    assert kept == [
+        ".gitignore",
+        ".imported/space/space/part/inner.py",
+        "own/__init__.py",
+        "own/generated.py",
+        "own/model.py",
+        "own/other.py",
+        "program.py",
+    ]
+    assert command["arguments"] == ["program.py", "."]
+    assert command["path"] == [".", ".imported/sonosco_mlflow", ".imported/space"]
+    assert late == [str(library / "late.py")]
+
+
+def test_a_module_that_python_started_stands_under_its_own_name(tmp_path: Path, library: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (library / "alone.py").write_text(REPORT)
+    (library / "kit" / "run.py").write_text(REPORT)
+    assert report(tmp_path, ["-P", "-m", "alone"], project=project, path=[library])[0] == [".imported/alone/alone.py"]
+    kept, _, command, _ = report(tmp_path, ["-P", "-m", "kit.run"], project=project, path=[library])
+    assert kept == [
+        f".imported/kit/kit/{name}" for name in ("__init__.py", "not_imported_yet.py", "run.py", "table.json")
+    ]
+    assert command["arguments"] == ["-P", "-m", "kit.run", "."]
+
+
+def archive(**modules: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as files:
+        files.writestr("program.py", "")
+        for name, text in modules.items():
+            files.writestr(f".imported/{name}/{name}.py", text)
+    return buffer.getvalue()
+
+
+def test_another_program_may_continue_a_run_with_the_same_modules() -> None:
+    one, other = imported_digests(archive(model="x = 1", train=""), archive(model="x = 1", resume=""))
+    assert one == other
+    one, other = imported_digests(archive(model="x = 1", train=""), archive(model="x = 2", resume=""))
+    assert one != other
+    # This package's digest is the code's own.
+    assert (
+        imported_digests(archive(sonosco_mlflow="1"), archive(sonosco_mlflow="2"))[0]
+        == imported_digests(archive(), archive())[1]
+    )
+
+
+def test_a_module_that_has_changed_since_is_refused_and_one_more_is_not(
+    tmp_path: Path, tone_manifest: Manifest, tracking_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = new_project(tmp_path)
+    files = {".imported/own/own.py": tmp_path / "elsewhere.txt"}
+    files[".imported/own/own.py"].write_text("x = 1")
+    monkeypatch.setattr(
+        "sonosco_mlflow.tracking.code_snapshot.imported_code", lambda *_, **__: ImportedCode(dict(files), {})
+    )
+    stopped = run_experiment(toy_trainer(tone_manifest, stop_at=3), project)
+    files[".imported/more/more.py"] = project / "model.py"
+    stopped = go_on(stopped.run.id, toy_trainer(tone_manifest, stop_at=4), project)
+    files[".imported/own/own.py"].write_text("x = 2")
+    with pytest.raises(UserError, match=r"code: .*\.imported/own/own\.py(?s:.*)--allow-code-change"):
+        go_on(stopped.run.id, toy_trainer(tone_manifest), project)
+    again = go_on(stopped.run.id, toy_trainer(tone_manifest), project, allowed_changes=["code"])
+    assert mlflow.get_run(again.run.id).data.tags["sonosco.state"] == "finished"
