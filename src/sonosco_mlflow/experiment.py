@@ -32,6 +32,8 @@ from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
+from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
+from sonosco_mlflow.serving.logging import trained_recognizer
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -225,7 +227,8 @@ class Experiment:
             if self._checkpoint not in trainer.callbacks:
                 # Last, so that what it saves is what the others decided.
                 trainer.callbacks.append(self._checkpoint)
-        self.opened.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard)
+        models = CheckpointModels(self.run, trained_recognizer(trainer))
+        self.opened.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard, follow=models.follow)
         if self.resumption is None:
             provenance.log_data(self.run)
             if trainer.progress.step:

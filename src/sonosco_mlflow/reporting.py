@@ -12,8 +12,7 @@ from sonosco_mlflow.evaluation import (
     utterance_results,
 )
 from sonosco_mlflow.models.base import SpeechModel
-from sonosco_mlflow.serving.logging import log_recognizer
-from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+from sonosco_mlflow.serving.logging import log_recognizer, trained_recognizer
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.trainer import ModelTrainer
@@ -41,13 +40,7 @@ def log_results(
         if isinstance(trainer.model, SpeechModel):
             picture = alignment_picture(trainer.model, loader.tokenizer, sample)
             run.log_bytes(picture, "evaluation/alignment.png")
-    _log_model(trainer)
-
-
-def _log_model(trainer: ModelTrainer) -> None:
-    if not isinstance(trainer.model, SpeechModel) or trainer.train_loader is None:
-        return
-    dataset = trainer.train_loader.dataset
-    recognizer = SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics)
-    with tempfile.TemporaryDirectory() as scratch:
-        log_recognizer(recognizer, Path(scratch))
+    recognizer = trained_recognizer(trainer)
+    if recognizer is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            log_recognizer(recognizer, trainer.progress.step, Path(scratch))

@@ -11,8 +11,10 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
-from sonosco_mlflow.tracking.store import download
+from sonosco_mlflow.tracking.store import download, models_of
+from sonosco_mlflow.training.trainer import ModelTrainer
 
 # Waveforms [batch, samples]; texts [batch].
 SIGNATURE = ModelSignature(
@@ -26,8 +28,18 @@ _NAME = "model"
 _DIGEST = "sonosco.recognizer_digest"
 
 
-def log_recognizer(recognizer: SpeechRecognizer, scratch: Path) -> None:
-    """Log ``recognizer`` under the name ``model`` in the active run; ``scratch`` is an empty folder.
+def trained_recognizer(trainer: ModelTrainer) -> SpeechRecognizer | None:
+    """Return the model of ``trainer`` with what its data goes through; None where only its own program can use it."""
+    if not isinstance(trainer.model, SpeechModel) or trainer.train_loader is None:
+        return None
+    dataset = trainer.train_loader.dataset
+    return SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics)
+
+
+def log_recognizer(recognizer: SpeechRecognizer, step: int, scratch: Path) -> None:
+    """Log ``recognizer`` under the name ``model`` in the active run, with the metrics of ``step``.
+
+    ``scratch`` is an empty folder.
 
     The package's own code goes with it, so that the model loads where the package is not installed. A run that was
     killed at its end comes by here again: the very same model is logged once.
@@ -42,6 +54,7 @@ def log_recognizer(recognizer: SpeechRecognizer, scratch: Path) -> None:
         warnings.filterwarnings("ignore", message=".*(input example|type hint).*", category=UserWarning)
         mlflow.pyfunc.log_model(
             name=_NAME,
+            step=step,
             tags={_DIGEST: digest},
             python_model=str(_PACKAGE / "serving" / "pyfunc.py"),
             artifacts={"recognizer": str(scratch / "recognizer")},
@@ -55,14 +68,14 @@ def log_recognizer(recognizer: SpeechRecognizer, scratch: Path) -> None:
 
 def _is_logged(digest: str) -> bool:
     """Return whether the active run has this model; what a crash left half-made is removed."""
-    client, run = mlflow.MlflowClient(), mlflow.active_run()
+    run = mlflow.active_run()
     assert run is not None
     found = False
-    for model in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"):
+    for model in models_of(run.info.run_id):
         if model.name != _NAME:
             continue
         if model.status != LoggedModelStatus.READY:
-            client.delete_logged_model(model.model_id)
+            mlflow.MlflowClient().delete_logged_model(model.model_id)
         found = found or (model.status == LoggedModelStatus.READY and model.tags.get(_DIGEST) == digest)
     return found
 

@@ -9,7 +9,6 @@ MLflow runs this file when it loads the model::
 from pathlib import Path
 
 import mlflow
-import numpy as np
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
@@ -26,8 +25,8 @@ class RecognizerModel(PythonModel):
         self.recognizer = SpeechRecognizer.load(Path(context.artifacts["recognizer"]))
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Return the text of a waveform ``[samples]``, or of each row of ``[batch, samples]``, as an array."""
-        return np.array(self.recognizer.transcribe(list(np.atleast_2d(model_input))))
+        """Return what :meth:`SpeechRecognizer.predict` does."""
+        return self.recognizer.predict(model_input)
 
 
 mlflow.models.set_model(RecognizerModel())

@@ -27,6 +27,9 @@ from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
 from sonosco_mlflow.text import Tokenizer
 
+_OBJECTS = "objects.json"
+_WEIGHTS = "model.safetensors"
+
 
 @serializable
 class SpeechRecognizer:
@@ -64,19 +67,27 @@ class SpeechRecognizer:
         """Return the text of a sound file of any rate."""
         return self.transcribe([read_audio(path, self.processor.sample_rate).numpy()])[0]
 
+    def predict(self, model_input: npt.NDArray[np.float32]) -> npt.NDArray[np.str_]:
+        """Return the text of a waveform ``[samples]``, or of each row of ``[batch, samples]``, as an array."""
+        return np.array(self.transcribe(list(np.atleast_2d(model_input))))
+
     def save(self, folder: Path) -> None:
         """Write the recognizer into ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
+        self.save_description(folder)
         _, tensors = split_tree(dict(self.model.state_dict()))
-        (folder / "objects.json").write_bytes(json_bytes(Serializer().describe(self)))
-        (folder / "model.safetensors").write_bytes(tensor_bytes(tensors))
+        (folder / _WEIGHTS).write_bytes(tensor_bytes(tensors))
+
+    def save_description(self, folder: Path) -> None:
+        """Write all but the weights into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _OBJECTS).write_bytes(json_bytes(Serializer().describe(self)))
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read what :meth:`save` wrote."""
-        recognizer = Deserializer().build(json.loads((folder / "objects.json").read_bytes()))
+    def load(cls, folder: Path, weights: Path | None = None) -> Self:
+        """Read what :meth:`save` wrote; ``weights`` is another file of the model's parameters and buffers."""
+        recognizer = Deserializer().build(json.loads((folder / _OBJECTS).read_bytes()))
         assert isinstance(recognizer, cls)
-        recognizer.model.load_state_dict(safetensors.torch.load((folder / "model.safetensors").read_bytes()))
+        recognizer.model.load_state_dict(safetensors.torch.load((weights or folder / _WEIGHTS).read_bytes()))
         return recognizer
 
     def _sample(self, waveform: Tensor) -> Sample:

@@ -33,7 +33,7 @@ def upload_checkpoint(
     confirm: Callable[[], None] = lambda: None,
     *,
     verify: bool = False,
-) -> None:
+) -> bytes | None:
     """Upload a checkpoint, and delete from the run those that are not among the ``kept``.
 
     Its manifest goes last: it marks the checkpoint as whole. Then the tag that names the newest may move. One that the
@@ -46,20 +46,24 @@ def upload_checkpoint(
         kept: names of the checkpoints that the run is to keep.
         confirm: raises where the run is another process's; an upload may take so long that it has become that.
         verify: read back every byte of what the run has already, not only its manifest, and replace what is broken.
+
+    Returns:
+        Its manifest; None where it was passed over.
     """
     try:
-        _upload(run, directory, confirm, verify)
+        manifest = _upload(run, directory, confirm, verify)
     except Exception:
         if directory.exists():
             raise
-        return
+        return None
     confirm()
     for name in run.artifacts_in(CHECKPOINTS):
         if position_of(name) is not None and name not in kept:
             run.delete_artifact(f"{CHECKPOINTS}/{name}")
+    return manifest
 
 
-def _upload(run: TrackedRun, directory: Path, confirm: Callable[[], None], verify: bool) -> None:
+def _upload(run: TrackedRun, directory: Path, confirm: Callable[[], None], verify: bool) -> bytes:
     folder = f"{CHECKPOINTS}/{directory.name}"
     manifest = (directory / MANIFEST).read_bytes()
     if not is_delivered(run, directory.name, manifest, verify=verify):
@@ -73,6 +77,7 @@ def _upload(run: TrackedRun, directory: Path, confirm: Callable[[], None], verif
         run.log_bytes(manifest, f"{folder}/{MANIFEST}")
     confirm()
     run.set_tags({CHECKPOINT: folder})
+    return manifest
 
 
 def is_delivered(run: TrackedRun, name: str, manifest: bytes, *, verify: bool = False) -> bool:

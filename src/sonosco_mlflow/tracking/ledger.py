@@ -21,7 +21,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import file_digest
-from sonosco_mlflow.tracking.store import artifact_bytes
+from sonosco_mlflow.tracking.store import artifact_bytes, models_of
 
 LEDGER = "ledger.json"
 
@@ -111,12 +111,11 @@ class StoredFile:
 
 def stored_files(run_id: str) -> Iterator[StoredFile]:
     """Yield every artifact of a run, the ledger aside, and every file of its models."""
-    client = mlflow.MlflowClient()
-    run = client.get_run(run_id)
+    run = mlflow.MlflowClient().get_run(run_id)
     for path in _paths(run.info.artifact_uri):
         if path != LEDGER:
             yield StoredFile(path, run.info.artifact_uri, path)
-    for model in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
+    for model in models_of(run_id):
         for path in _paths(model.artifact_location):
             yield StoredFile(f"models:/{model.model_id}/{path}", model.artifact_location, path)
 

@@ -4,13 +4,14 @@ Everything is on this machine's disk first, the journal before the checkpoint th
 then delivered beside the training: rows, the journal, a checkpoint's files, its manifest, the tag that names it.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sonosco_mlflow.background import Background
-from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, position_of
 from sonosco_mlflow.tracking.checkpoints import put_aside_others, upload_checkpoint
 from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Records, Row
 from sonosco_mlflow.tracking.lease import Lease
@@ -23,6 +24,9 @@ from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
+
+CheckpointFollower = Callable[[str, bytes, frozenset[str], list[Row]], None]
+"""Takes the name and the manifest of a checkpoint that is delivered, the names of all kept, the rows of its step."""
 
 
 class Recording(Callback, is_part_of_trainer=False):
@@ -42,11 +46,20 @@ class Recording(Callback, is_part_of_trainer=False):
         self.background = Background(is_away)
         self.journal = Journal(folder / JOURNAL, self._deliver_rows, self.background.deliver)
         self.board: TensorBoard | None = None
+        self._follow: CheckpointFollower | None = None
         self._is_current = is_current
         self._detach = ExitStack()
 
-    def attach(self, trainer: "ModelTrainer", checkpoint: ModelCheckpoint | None, *, tensorboard: bool) -> None:
-        """Record what ``trainer`` does, and keep what ``checkpoint`` saves."""
+    def attach(
+        self,
+        trainer: "ModelTrainer",
+        checkpoint: ModelCheckpoint | None,
+        *,
+        tensorboard: bool,
+        follow: CheckpointFollower | None = None,
+    ) -> None:
+        """Record what ``trainer`` does, and keep what ``checkpoint`` saves; ``follow`` hears of what MLflow has."""
+        self._follow = follow
         observers: list[Callback] = [self, self.journal]
         if tensorboard:
             self.board = TensorBoard(self.folder / "tensorboard")
@@ -133,7 +146,10 @@ class Recording(Callback, is_part_of_trainer=False):
     def _deliver_checkpoint(self, directory: Path, kept: frozenset[str], verify: bool = False) -> None:
         self.lease.confirm()
         self._deliver_journal()
-        upload_checkpoint(self.run, directory, kept, self.lease.confirm, verify=verify)
+        manifest = upload_checkpoint(self.run, directory, kept, self.lease.confirm, verify=verify)
+        if manifest is not None and self._follow is not None:
+            step, _ = position_of(directory.name) or (0, 0)
+            self._follow(directory.name, manifest, kept, self.journal.rows_at(step))
 
     def _deliver_journal(self) -> None:
         # As it was at one moment: a file that grows on its way is more than its announced length, which confuses a

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlflow
 import requests
-from mlflow.entities import Run
+from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
 
@@ -103,6 +103,20 @@ def experiment_name(run: Run) -> str:
     """Return the name of the MLflow experiment that ``run`` belongs to."""
     name: str = mlflow.get_experiment(run.info.experiment_id).name
     return name
+
+
+def models_of(run_id: str) -> list[LoggedModel]:
+    """Return the models that a run has logged, the newest first."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    found: list[LoggedModel] = []
+    token = None
+    while True:
+        page = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def artifact_names(run_id: str, folder: str) -> list[str]:
