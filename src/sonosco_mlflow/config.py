@@ -131,10 +131,14 @@ class Checkpoint(Section):
 
 
 class Tracking(Section):
-    """Names in the MLflow UI; `mlflow run` chooses the experiment itself (`--experiment-name`)."""
+    """Names in the MLflow UI; `mlflow run` chooses the experiment itself (`--experiment-name`).
+
+    ``registered`` makes the trained model a version of the registered model ``speech-<corpus>``.
+    """
 
     experiment: str = "Default"
     run_name: str | None = None
+    registered: bool = True
 
 
 class Config(Section):

@@ -94,6 +94,7 @@ class Experiment:
         self._trainer: ModelTrainer | None = None
         self._checkpoint: ModelCheckpoint | None = None
         self._test_loader: AudioDataLoader | None = None
+        self._registered_model: str | None = None
         self._in_block = False
         # The thread that trains, if one does.
         self._thread: threading.Thread | None = None
@@ -199,6 +200,7 @@ class Experiment:
         tensorboard: bool = True,
         test_loader: AudioDataLoader | None = None,
         lineage: DataLineage | None = None,
+        registered_model: str | None = None,
     ) -> None:
         """Attach this experiment to ``trainer``; where a run goes on, put its state into the trainer.
 
@@ -208,12 +210,14 @@ class Experiment:
             tensorboard: write event files below ``runs/``.
             test_loader: evaluated once, after training.
             lineage: where the data comes from; by default only the loaders' manifests are known.
+            registered_model: of which the trained model becomes a version in MLflow's registry.
 
         Raises:
             UserError: the run would not go on as it began; the message says what differs, and the run stays as it was.
         """
         self._trainer = trainer
         self._test_loader = test_loader
+        self._registered_model = registered_model
         lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
         provenance = Provenance(self.origin, lineage)
         digests = {**self.origin.digests, **data_digests(trainer, lineage)}
@@ -366,7 +370,7 @@ class Experiment:
         self.opened.recording.finish(PATIENCE_AT_END)
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
-        log_results(self.run, trainer, self.history, self.test, self._test_loader)
+        log_results(self.run, trainer, self.history, self.test, self._test_loader, self._registered_model)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

@@ -13,6 +13,7 @@ from sonosco_mlflow.evaluation import (
 )
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.serving.logging import log_recognizer, trained_recognizer
+from sonosco_mlflow.serving.registry import register_model
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.trainer import ModelTrainer
@@ -25,8 +26,18 @@ def log_results(
     history: History,
     test: Validation | None,
     test_loader: AudioDataLoader | None,
+    registered_model: str | None,
 ) -> None:
-    """Log to ``run`` everything that a reader wants to see of a training that has ended."""
+    """Log to ``run`` everything that a reader wants to see of a training that has ended.
+
+    Args:
+        run: where to.
+        trainer: what has trained.
+        history: every metric.
+        test: the evaluation after training, if there was one.
+        test_loader: its utterances.
+        registered_model: of which the trained model becomes a version, or None.
+    """
     for name, validation in (("validation", trainer.validation), ("test", test)):
         if validation is not None and validation.hypotheses:
             results = utterance_results(validation)
@@ -43,4 +54,7 @@ def log_results(
     recognizer = trained_recognizer(trainer)
     if recognizer is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            log_recognizer(recognizer, trainer.progress.step, Path(scratch))
+            model_id = log_recognizer(recognizer, trainer.progress.step, Path(scratch))
+        if registered_model is not None and trainer.validation is not None and trainer.val_loader is not None:
+            digest = trainer.val_loader.dataset.manifest.digest
+            register_model(run, model_id, registered_model, trainer.validation, digest)

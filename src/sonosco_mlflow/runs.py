@@ -140,7 +140,9 @@ def _train(
     if until_step is not None:
         trainer.attach(InterruptAt(until_step))
     trainer.callbacks.append(ModelCheckpoint(**config.checkpoint.model_dump()))
-    experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=DataLineage.of_folder(folder))
+    registered = f"speech-{config.data.corpus}" if config.tracking.registered else None
+    lineage = DataLineage.of_folder(folder)
+    experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=lineage, registered_model=registered)
     continues = experiment.is_open
     if experiment.resumption is not None and continues:
         found = experiment.resumption.condition

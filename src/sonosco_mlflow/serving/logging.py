@@ -36,8 +36,8 @@ def trained_recognizer(trainer: ModelTrainer) -> SpeechRecognizer | None:
     return SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics)
 
 
-def log_recognizer(recognizer: SpeechRecognizer, step: int, scratch: Path) -> None:
-    """Log ``recognizer`` under the name ``model`` in the active run, with the metrics of ``step``.
+def log_recognizer(recognizer: SpeechRecognizer, step: int, scratch: Path) -> str:
+    """Log ``recognizer`` under the name ``model`` in the active run, with the metrics of ``step``; return its id.
 
     ``scratch`` is an empty folder.
 
@@ -47,12 +47,13 @@ def log_recognizer(recognizer: SpeechRecognizer, step: int, scratch: Path) -> No
     recognizer.save(scratch / "recognizer")
     files = sorted((scratch / "recognizer").iterdir())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    if _is_logged(digest):
-        return
+    logged = _logged(digest)
+    if logged is not None:
+        return logged
     with warnings.catch_warnings():
         # It advises examples and annotations even where the signature is given, and warns of its own classes.
         warnings.filterwarnings("ignore", message=".*(input example|type hint).*", category=UserWarning)
-        mlflow.pyfunc.log_model(
+        made = mlflow.pyfunc.log_model(
             name=_NAME,
             step=step,
             tags={_DIGEST: digest},
@@ -64,19 +65,21 @@ def log_recognizer(recognizer: SpeechRecognizer, step: int, scratch: Path) -> No
             pip_requirements=[f"{name}=={version(name)}" for name in _REQUIREMENTS],
             metadata={"sample_rate": recognizer.processor.sample_rate},
         )
+    return str(made.model_id)
 
 
-def _is_logged(digest: str) -> bool:
-    """Return whether the active run has this model; what a crash left half-made is removed."""
+def _logged(digest: str) -> str | None:
+    """Return the id of this model in the active run, or None; what a crash left half-made is removed."""
     run = mlflow.active_run()
     assert run is not None
-    found = False
+    found = None
     for model in models_of(run.info.run_id):
         if model.name != _NAME:
             continue
         if model.status != LoggedModelStatus.READY:
             mlflow.MlflowClient().delete_logged_model(model.model_id)
-        found = found or (model.status == LoggedModelStatus.READY and model.tags.get(_DIGEST) == digest)
+        elif model.tags.get(_DIGEST) == digest:
+            found = str(model.model_id)
     return found
 
 

@@ -24,6 +24,7 @@ from sonosco_mlflow.tracking.tags import (
     HEARTBEAT,
     HOST,
     KIND,
+    MODEL_VERSION,
     REPRODUCED,
     REPRODUCED_BY,
     REPRODUCES,
@@ -123,6 +124,7 @@ def _facts(run: Run) -> str:
     uncommitted = " with uncommitted changes" if tags.get(DIRTY) == "true" else ""
     rows += [f"- code: commit {tags[COMMIT][:12]}{uncommitted}"] if COMMIT in tags else []
     rows += [f"- weights: sha256 {tags[WEIGHTS_DIGEST][:16]}..."] if WEIGHTS_DIGEST in tags else []
+    rows += [f"- model: {tags[MODEL_VERSION]} of the registry"] if MODEL_VERSION in tags else []
     rows += [f"- makes run `{tags[REPRODUCES]}` again: {_verdict(tags.get(REPRODUCED))}"] if REPRODUCES in tags else []
     rows += [f"- made again by run `{tags[REPRODUCED_BY]}`"] if REPRODUCED_BY in tags else []
     parent = tags.get(MLFLOW_PARENT_RUN_ID)
