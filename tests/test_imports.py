@@ -16,7 +16,18 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 STOREYS = [
     *("errors", "config", "console", "text", "background", "serialization", "determinism", "canary", "data"),
     *("decoding", "models", "metrics", "training", "testing", "tracking", "evaluation", "serving", "reporting"),
-    *("experiment", "recipe", "runs", "reproduction", "overview", "difference_report", "cli", "__main__"),
+    *(
+        "experiment",
+        "recipe",
+        "runs",
+        "search_space",
+        "sweep",
+        "reproduction",
+        "overview",
+        "difference_report",
+        "cli",
+        "__main__",
+    ),
 ]
 
 # Where each of these may be imported; whatever is not listed here may be used anywhere.
@@ -28,6 +39,7 @@ HOMES = {
     "typer": {"cli"},
     "matplotlib": {"evaluation"},
     "jinja2": {"difference_report"},
+    "optuna": {"search_space", "sweep"},
 }
 
 

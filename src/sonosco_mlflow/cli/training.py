@@ -88,6 +88,36 @@ def resume(
         )
 
 
+@app.command(context_settings=RECIPE_KEYS)
+def sweep(
+    context: typer.Context,
+    over: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=CHOICES", help="KEY=first,second or KEY=low..high (:log for its logarithm); repeatable."
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="Of the sweep; the same name again goes on with it.")] = "sweep",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many at random; without it, the whole grid.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="The metric that is to be low.")] = "val_word_error_rate",
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    settings: Set = None,
+    params: Params = PARAMS,
+) -> None:
+    """Train the recipe with keys of it varied, as child runs of one run."""
+    config = read_recipe(context, settings, params)
+    from sonosco_mlflow.search_space import read_space
+    from sonosco_mlflow.sweep import sweep
+
+    with _termination():
+        result = sweep(config, read_space(over), Path(), name=name, trials=trials, objective=objective, seed=seed)
+    typer.echo(f"\nsweep {result.run_id}\n\n{result.to_markdown()}", nl=False)
+    if any(trial.value is None for trial in result.trials):
+        raise typer.Exit(1)
+
+
 @app.command()
 def evaluate(
     run_id: Annotated[str | None, typer.Argument(help="A finished training run.")] = None,

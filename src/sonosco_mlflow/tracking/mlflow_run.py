@@ -43,6 +43,7 @@ from sonosco_mlflow.tracking.tags import (
     PID,
     SEGMENTS,
     STATE,
+    TRIAL,
     WEIGHTS_DIGEST,
 )
 
@@ -80,20 +81,21 @@ class TrackedRun:
         self._above: list[str] = []
 
     @classmethod
-    def open(cls, experiment: str, kind: str, name: str | None = None) -> "TrackedRun":
+    def open(cls, experiment: str, kind: str, name: str | None = None, run_id: str | None = None) -> "TrackedRun":
         """Open the run that MLflow's launcher made for this process, or a new one in ``experiment``.
 
         Args:
             experiment: name of the MLflow experiment for a new run; made if need be.
-            kind: ``train``, ``data`` or ``evaluate``, kept as a tag.
+            kind: ``train``, ``data``, ``evaluate`` or ``sweep``, kept as a tag.
             name: how the UI calls it; a short piece of the id is added, so that it is unique.
+            run_id: an older run that is to go on, whose lease the caller has.
         """
         launched = os.environ.pop("MLFLOW_RUN_ID", None) or None
-        if launched is not None:
+        if run_id is None and launched is not None:
             _require_unused(launched)
-        else:
+        elif run_id is None:
             mlflow.set_experiment(experiment)
-        activation = Activation(launched, monitored=kind == "train")
+        activation = Activation(run_id or launched, monitored=kind == "train")
         run = cls(activation.run)
         run._activation = activation
         try:
@@ -350,6 +352,18 @@ def new_run(experiment_id: str, tags: Mapping[str, str], parent: str) -> str:
     for key, value in {**tags, MLFLOW_PARENT_RUN_ID: parent}.items():
         client.set_tag(run_id, key, value)
     return str(run_id)
+
+
+def trial_run(parent: TrackedRun, number: int) -> Run:
+    """Return the run of a sweep's trial, below the sweep's own; it is made where there is none."""
+    client = mlflow.MlflowClient()
+    condition = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.id}' and tags.`{TRIAL}` = '{number}'"
+    found = client.search_runs([parent.experiment_id], condition, max_results=1)
+    if found:
+        return found[0]
+    # With its tags at once: a process that is killed here leaves no run that belongs to nobody.
+    tags = {MLFLOW_PARENT_RUN_ID: parent.id, TRIAL: str(number), KIND: "train", STATE: "running"}
+    return client.create_run(parent.experiment_id, tags=tags)
 
 
 def metric_records(run_id: str) -> Records:

@@ -1,0 +1,146 @@
+"""A sweep's trainings are runs below one run; what was killed goes on, and nothing is trained twice."""
+
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from project import Project, make_project, with_artifacts
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.search_space import as_text, check_space, combination, draw, grid_size, read_space
+
+SONOSCO = [sys.executable, "-m", "sonosco_mlflow"]
+SWEEP = [*SONOSCO, "sweep", "--name", "sizes", "--over", "model.settings.hidden_size=4,6"]
+
+
+# ---------------------------------------------------------------------- what is varied
+
+
+def test_choices_and_ranges() -> None:
+    space = read_space(
+        ["model=tds,las", "schedule.epochs=[5, 7],[3]", "optimizer.lr=1e-4..1e-2:log", "training.seed=1..9"]
+    )
+    assert grid_size(read_space(["model=tds,las", "schedule.epochs=[5, 7],[3]"])) == 4
+    drawn = [draw(space, number, seed=0) for number in range(50)]
+    assert {values["model.name"] for values in drawn} == {"tds", "las"}
+    assert {values["schedule.epochs"] for values in drawn} == {"[5, 7]", "[3]"}
+    assert {values["training.seed"] for values in drawn} == {*range(1, 10)}
+    rates = [values["optimizer.lr"] for values in drawn]
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert 10 < sum(rate < 1e-3 for rate in rates) < 40, "half of them in each of the two decades"
+    for values in drawn:
+        config = Config.resolve({}, {key: as_text(value) for key, value in values.items()})
+        assert config.optimizer.lr == values["optimizer.lr"], "to the last bit"
+
+
+def test_a_draw_follows_from_its_number_and_the_seed_alone() -> None:
+    space = read_space(["optimizer.lr=0.1..0.9", "training.seed=0..1000000"])
+    drawn = [draw(space, number, seed=3) for number in range(5)]
+    assert [draw(space, number, seed=3) for number in reversed(range(5))] == drawn[::-1]
+    assert draw(space, 0, seed=4) != drawn[0]
+    assert len({values["training.seed"] for values in drawn}) == 5
+
+
+def test_the_grid_has_every_combination_once() -> None:
+    space = read_space(["model=tds,las", "training.seed=1,2,3"])
+    found = [tuple(combination(space, number).values()) for number in range(grid_size(space))]
+    assert found == [("tds", 1), ("tds", 2), ("tds", 3), ("las", 1), ("las", 2), ("las", 3)]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "message"),
+    [
+        ([], "a sweep varies something"),
+        (["optimizer.lr"], "expected key=first,second"),
+        (["optimizer.lr="], "expected key=first,second"),
+        (["model=tds", "model.name=las"], "model.name is varied twice"),
+        (["optimizer.lr=a..b"], "expected two numbers"),
+        (["optimizer.lr=2..1"], "low"),
+        (["optimizer.lr=0..1:log"], "low"),
+        (["optimizer.lr=1,1"], "a choice comes twice"),
+        (["optimizer.lr=[1"], "cannot be read"),
+        (["optimizer.lr=1e-3,-1"], "optimizer.lr: found -1"),
+        (["model=tds,lsa"], "did you mean 'las'"),
+        (["optimizer.rl=1,2"], "unknown key; did you mean 'optimizer.lr'"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused_by_name(dimensions: list[str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        check_space(read_space(dimensions), Config())
+    assert message in str(raised.value)
+
+
+def test_a_grid_has_no_range() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr has a range, and a grid has none"):
+        grid_size(read_space(["optimizer.lr=0.1..0.2"]))
+
+
+# ---------------------------------------------------------------------- the trainings
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Project:
+    folder = tmp_path_factory.mktemp("sweep")
+    made = make_project(folder / "project")
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    with_artifacts(folder)
+    return Project(made, folder / "mlflow.db")
+
+
+def test_a_sweep_that_is_killed_finishes_only_what_is_missing(project: Project) -> None:
+    first = project.begin(SWEEP)
+    # Of the sweep nothing is left; its training goes on for a while.
+    children = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait()
+    for child in children:
+        child.kill()
+    (cut_off,) = project.trainings()
+    assert cut_off.data.tags["sonosco.state"] == "running"
+
+    said = project.run(SWEEP)
+    trainings = project.trainings()
+    assert [item.data.params["config.model.settings.hidden_size"] for item in trainings] == ["4", "6"]
+    assert trainings[0].info.run_id == cut_off.info.run_id
+    assert [item.data.tags.get("sonosco.segments") for item in trainings] == ["2", None]
+    assert {item.data.tags["sonosco.state"] for item in trainings} == {"finished"}
+    (parent,) = [item for item in project.runs() if item.data.tags["sonosco.kind"] == "sweep"]
+    assert {item.data.tags["mlflow.parentRunId"] for item in trainings} == {parent.info.run_id}
+    assert parent.info.status == "FINISHED"
+    rates = [item.data.metrics["val_word_error_rate"] for item in trainings]
+    assert parent.data.metrics["best_val_word_error_rate"] == min(rates)
+    assert all(
+        item.info.run_id in said and item.info.run_id in parent.data.tags["mlflow.note.content"] for item in trainings
+    )
+
+    count = len(project.runs())
+    project.run(SWEEP)
+    assert len(project.runs()) == count, "a finished sweep has nothing to do"
+    # One of its runs is made again like any other.
+    said = project.run([*SONOSCO, "reproduce", trainings[1].info.run_id, "--env-manager", "local", "--until-step", "2"])
+    assert "**bit-identical**" in said
+
+
+def test_another_sweep_of_that_name_is_refused(project: Project) -> None:
+    said = project.run([*SWEEP, "--objective", "val_loss", "--set", "optimizer.lr=0.1"], status=1)
+    assert "the sweep 'sizes' was begun with another recipe and objective" in said
+
+
+def test_an_interrupt_lets_the_training_save_its_state(project: Project) -> None:
+    command = [
+        *SONOSCO,
+        "sweep",
+        "--name",
+        "interrupted",
+        "--over",
+        "training.seed=1,2",
+        "--set",
+        "training.epochs=200",
+    ]
+    process = project.begin(command)
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    newest = project.trainings()[-1]
+    assert newest.data.tags["sonosco.state"] == "interrupted"
