@@ -145,8 +145,8 @@ class Project:
             assert self.history(found, name) == self.history(expected, name), name
 
 
-def with_artifacts(folder: Path) -> None:
-    """Let artifacts lie beside the store, outside every project."""
+def with_artifacts(folder: Path, location: str | None = None) -> None:
+    """Let artifacts lie at ``location``; by default beside the store, outside every project."""
     with sqlite3.connect(folder / "mlflow.db") as database:
-        database.execute("UPDATE experiments SET artifact_location = ?", [str(folder / "artifacts")])
+        database.execute("UPDATE experiments SET artifact_location = ?", [location or str(folder / "artifacts")])
     database.close()

@@ -1,6 +1,7 @@
 """A run is made again from what MLflow and DVC kept, in processes of their own."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from project import REPOSITORY, Project, make_project, run, with_artifacts
+from sonosco_mlflow.tracking.environment import Environment
 from toy import tone_corpus, tone_texts
 
 MLFLOW = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
@@ -138,6 +140,32 @@ def test_where_they_part_is_named_with_the_input_that_differs(world: Project, or
     differences = found["differences"]
     assert isinstance(differences, list)
     assert any("model.safetensors: " in item["what"] for item in differences)
+
+
+def test_a_distribution_of_another_version_is_named_though_the_bits_are_the_same(world: Project, original: str) -> None:
+    """As if the run had been made with another release of one library, which computes the same."""
+    run_ = world.client.get_run(original)
+    folder = Path(run_.info.artifact_uri) / "environment"
+    kept = {name: (folder / name).read_text() for name in ("requirements.txt", "system.json")}
+    digest = run_.data.tags["sonosco.environment_digest"]
+    other = re.sub(r"(?m)^jiwer==.*$", "jiwer==0.0.1", kept["requirements.txt"])
+    assert other != kept["requirements.txt"]
+    try:
+        (folder / "requirements.txt").write_text(other)
+        made = Environment(other, json.loads(kept["system.json"]))
+        world.client.set_tag(original, "sonosco.environment_digest", made.digest)
+        reproduce(world, original, "--until-step", "1")
+        found = certificate(world, world.trainings()[-1].info.run_id)
+        told = world.run([*SONOSCO, "diff", original, world.trainings()[-1].info.run_id])
+    finally:
+        world.client.set_tag(original, "sonosco.environment_digest", digest)
+        for name, text in kept.items():
+            (folder / name).write_text(text)
+    now = re.search(r"(?m)^jiwer==(.*)$", kept["requirements.txt"])
+    assert now is not None
+    assert found["bit_identical"] is True
+    assert found["differing_inputs"] == {"environment": f"jiwer 0.0.1 -> {now[1]}"}
+    assert f"jiwer 0.0.1 -> {now[1]}" in told
 
 
 def test_what_cannot_be_made_again_is_refused_before_anything_runs(world: Project, original: str) -> None:

@@ -9,8 +9,10 @@ from itertools import pairwise
 import outage
 import pytest
 from harness import Process, World
-from outage import Server, Wire
+from outage import Wire
 from proofs import NewWorld, Proof
+
+from servers import TrackingServer
 
 SETTINGS = {"epochs": 8, "pace": 0.6}
 LONG = {"epochs": 60, "pace": 1.0}
@@ -30,13 +32,13 @@ def test_in_the_middle_of_a_batch(
 
 
 @pytest.fixture
-def served(make_world: NewWorld) -> Iterator[tuple[World, Server]]:
+def served(make_world: NewWorld) -> Iterator[tuple[World, TrackingServer]]:
     """A world whose store is behind a server."""
     world = make_world()
     with sqlite3.connect(world.folder / "mlflow.db") as database:
         database.execute("UPDATE experiments SET artifact_location = 'mlflow-artifacts:/artifacts'")
     database.close()
-    server = Server(world.folder)
+    server = TrackingServer(world.folder)
     try:
         server.start()
         yield world, server
@@ -60,7 +62,9 @@ def brought_home(world: World) -> World:
 
 
 @pytest.mark.slow
-def test_a_server_is_killed_and_comes_back(proof: Proof, undisturbed: NewWorld, served: tuple[World, Server]) -> None:
+def test_a_server_is_killed_and_comes_back(
+    proof: Proof, undisturbed: NewWorld, served: tuple[World, TrackingServer]
+) -> None:
     world, server = served
     expected = undisturbed(**LONG)
     process = world.begin(**LONG, store=server.address)
@@ -78,7 +82,7 @@ def test_a_server_is_killed_and_comes_back(proof: Proof, undisturbed: NewWorld, 
 
 @pytest.mark.slow
 def test_answers_are_cut_and_connections_refused(
-    proof: Proof, undisturbed: NewWorld, served: tuple[World, Server]
+    proof: Proof, undisturbed: NewWorld, served: tuple[World, TrackingServer]
 ) -> None:
     world, server = served
     expected = undisturbed(**LONG)

@@ -253,3 +253,12 @@ def test_a_process_that_is_killed_in_the_very_end_leaves_no_run_that_says_it_is_
         run.end("finished")
     found = find_run(run.id)
     assert (found.info.status, found.data.tags["sonosco.state"]) == ("FINISHED", "running")
+
+
+def test_what_dvc_has_started_names_its_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "wary-moth")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "c0ffee")
+    with TrackedRun.open("Default", "train") as run:
+        pass
+    tags = mlflow.get_run(run.id).data.tags
+    assert (tags["dvc.experiment"], tags["dvc.baseline"]) == ("wary-moth", "c0ffee")

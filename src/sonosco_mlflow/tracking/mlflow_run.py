@@ -35,6 +35,8 @@ from sonosco_mlflow.tracking.store import artifact_names, find_run
 from sonosco_mlflow.tracking.tags import (
     DATA_DIGEST,
     DESCRIPTION_DIGEST,
+    DVC_BASELINE,
+    DVC_EXPERIMENT,
     ERROR,
     HOST,
     KIND,
@@ -53,6 +55,7 @@ PARAMETER_PREFIX = "config."
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 8000
 LARGEST_BATCH = 1000
+_EXPERIMENT = {"DVC_EXP_NAME": DVC_EXPERIMENT, "DVC_EXP_BASELINE_REV": DVC_BASELINE}
 _ADDRESSES = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_REPO_URL)
 
 
@@ -100,6 +103,8 @@ class TrackedRun:
         run._activation = activation
         try:
             run.set_tags({KIND: kind, STATE: "running", MLFLOW_RUN_NAME: f"{name or kind}-{run.id[:6]}"})
+            # `dvc exp run` says which of its experiments this is.
+            run.set_tags({tag: os.environ[variable] for variable, tag in _EXPERIMENT.items() if variable in os.environ})
             # The launcher notes the address of the repository as it was given.
             given = activation.run.data.tags
             addresses = {key: given[key] for key in _ADDRESSES if key in given}

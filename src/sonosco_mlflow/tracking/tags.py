@@ -22,6 +22,10 @@ CANARY = "sonosco.canary"
 COMMIT = "sonosco.commit"
 DIRTY = "sonosco.dirty"
 
+DVC_EXPERIMENT = "dvc.experiment"
+"""Of what ``dvc exp run`` has started: the name of its experiment, and below it the commit that this began from."""
+DVC_BASELINE = "dvc.baseline"
+
 FIRST_STEP = "sonosco.first_step"
 """Steps that the trainer had made before the run began; without it, none."""
 FOLDER = "sonosco.folder"
