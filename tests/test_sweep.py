@@ -57,6 +57,7 @@ def test_the_grid_has_every_combination_once() -> None:
         (["optimizer.lr="], "expected key=first,second"),
         (["model=tds", "model.name=las"], "model.name is varied twice"),
         (["optimizer.lr=a..b"], "expected two numbers"),
+        (["optimizer.lr=1..2..3"], "expected two numbers"),
         (["optimizer.lr=2..1"], "low"),
         (["optimizer.lr=0..1:log"], "low"),
         (["optimizer.lr=1,1"], "a choice comes twice"),
@@ -70,6 +71,15 @@ def test_what_cannot_be_varied_is_refused_by_name(dimensions: list[str], message
     with pytest.raises(UserError) as raised:
         check_space(read_space(dimensions), Config())
     assert message in str(raised.value)
+
+
+def test_texts_that_look_like_something_else_stay_texts() -> None:
+    space = read_space(["data.source=../a,../b", "tracking.run_name='1','true',plain"])
+    assert grid_size(space) == 6
+    tree = [{key: as_text(value) for key, value in combination(space, number).items()} for number in range(6)]
+    found = [Config.resolve({}, settings) for settings in tree]
+    assert {config.data.source for config in found} == {"../a", "../b"}
+    assert {config.tracking.run_name for config in found} == {"1", "true", "plain"}
 
 
 def test_a_grid_has_no_range() -> None:
@@ -126,6 +136,15 @@ def test_a_sweep_that_is_killed_finishes_only_what_is_missing(project: Project) 
 def test_another_sweep_of_that_name_is_refused(project: Project) -> None:
     said = project.run([*SWEEP, "--objective", "val_loss", "--set", "optimizer.lr=0.1"], status=1)
     assert "the sweep 'sizes' was begun with another recipe and objective" in said
+
+
+def test_a_metric_that_no_training_has_is_refused_before_the_first(project: Project) -> None:
+    count = len(project.runs())
+    said = project.run(
+        [*SONOSCO, "sweep", "--name", "new", "--over", "training.seed=1,2", "--objective", "val_wer"], status=1
+    )
+    assert "--objective val_wer: no recipe's training has it" in said
+    assert len(project.runs()) == count
 
 
 def test_an_interrupt_lets_the_training_save_its_state(project: Project) -> None:

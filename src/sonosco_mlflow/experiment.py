@@ -135,10 +135,13 @@ class Experiment:
         # A name in the UI may hold anything, a folder's may not.
         safe_name = re.sub(r"[^\w. -]+", "-", name or "train").strip(". ")[:100]
         place = f"{safe_name}-{run.id[:6]}"
-        lease: Lease | None = None
+        try:
+            lease = Lease.take(run.id)
+        except BaseException as error:
+            run.abandon(error)
+            raise
         try:
             run.set_tags({FOLDER: place})
-            lease = Lease.take(run.id)
             lease.start()
             origin = Origin.take(config, project)
             run.log_parameters(dict(flatten(origin.settings)))
@@ -150,8 +153,7 @@ class Experiment:
             with suppress(Exception):
                 # This error is the one to tell.
                 run.end_after(error)
-            if lease is not None:
-                lease.release()
+            lease.release()
             raise
 
     @classmethod

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from sonosco_mlflow.recipe import check_recipe
 Space = Mapping[str, BaseDistribution]
 Choice = str | int | float | bool | None
 _LOGARITHMIC = ":log"
+_RANGE = re.compile(r"[^,/\[\]]+\.\.[^,/\[\]]+")
 
 
 def read_space(dimensions: Iterable[str]) -> Space:
@@ -40,7 +42,7 @@ def read_space(dimensions: Iterable[str]) -> Space:
             raise UserError(f"--over {dimension}: expected key=first,second,... or key=low..high")
         if key in space:
             raise UserError(f"--over {dimension}: {key} is varied twice")
-        space[key] = _range(dimension, text) if ".." in text else _choices(dimension, text)
+        space[key] = _range(dimension, text) if _RANGE.fullmatch(text) else _choices(dimension, text)
     if not space:
         raise UserError("a sweep varies something: --over optimizer.lr=1e-4,1e-3")
     return space
@@ -98,7 +100,11 @@ def _grid(space: Space) -> dict[str, tuple[Choice, ...]]:
 
 def as_text(value: object) -> str:
     """Return a drawn value as the recipe reads it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    # A quoted '1' is a text and stays one; a list is kept as its text and becomes one again.
+    read = YAML(typ="safe").load(value)
+    return value if read == value or isinstance(read, list | dict) else json.dumps(value)
 
 
 def _range(dimension: str, text: str) -> BaseDistribution:

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
+import psutil
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState
 
@@ -28,11 +30,14 @@ from sonosco_mlflow.recipe import check_recipe
 from sonosco_mlflow.search_space import Space, as_text, check_space, combination, draw, grid_size
 from sonosco_mlflow.tracking.lease import Lease, condition
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, trial_run
+from sonosco_mlflow.tracking.pipeline import locked
 from sonosco_mlflow.tracking.store import connect, find_run
 from sonosco_mlflow.tracking.tags import CODE_DIGEST, HOST
 
 STORAGE = "sweeps.db"
 OBJECTIVE = "val_word_error_rate"
+_RATES = ("loss", "word_error_rate", "character_error_rate")
+OBJECTIVES = ("train_loss", *(f"{split}_{name}" for split in ("val", "test") for name in _RATES))
 # Of a study, beside what Optuna keeps: its run, and what it must not change while it goes on.
 _PARENT, _PROMISE = "run_id", "promise"
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -110,20 +115,26 @@ def sweep(
     check_space(space, config)
     total = grid_size(space) if trials is None else trials
     connect(project)
-    study = _open_study(config, space, project, name, random=trials is not None, objective=objective, seed=seed)
-    with _parent(study, config, name) as parent:
+    if objective not in OBJECTIVES:
+        raise UserError(f"--objective {objective}: no recipe's training has it; {nearest(objective, OBJECTIVES)}")
+    draws = None if trials is None else seed
+    with ExitStack() as stack:
+        # Two that begin a sweep of one name at once are to have one run.
+        with locked(project / ".sonosco" / "sweeps.lock"):
+            study = _open_study(config, space, project, name, objective=objective, seed=draws)
+            parent = stack.enter_context(_parent(study, config, name))
         recipe = project / "runs" / f"sweep-{name}-{parent.id[:6]}" / "params.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(config.to_yaml(), encoding="utf-8")
         parent.log_text(config.to_yaml(), "config/params.yaml")
         tried: set[int] = set()
-        while (trial := _next(study, space, total, tried, None if trials is None else seed)) is not None:
+        while (trial := _next(study, space, total, tried, draws)) is not None:
             tried.add(trial.number)
             run_id = trial_run(parent, trial.number).info.run_id
-            _train(run_id, trial.params, recipe, project)
+            _train(run_id, _settings(space, trial.number, draws), recipe, project)
             _conclude(study, trial.number, run_id, objective)
-            parent.describe(_result(study, parent, objective).to_markdown())
-        result = _result(study, parent, objective)
+            parent.describe(_result(study, space, parent, objective, draws).to_markdown())
+        result = _result(study, space, parent, objective, draws)
         values = [found.value for found in result.trials if found.value is not None]
         if values:
             parent.log_metrics({f"best_{objective}": min(values)}, step=len(values))
@@ -131,7 +142,7 @@ def sweep(
 
 
 def _open_study(
-    config: Config, space: Space, project: Path, name: str, *, random: bool, objective: str, seed: int
+    config: Config, space: Space, project: Path, name: str, *, objective: str, seed: int | None
 ) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{(project / STORAGE).resolve()}")
@@ -139,7 +150,7 @@ def _open_study(
     promise = {
         "recipe": config.digest,
         "space": {key: json.loads(distribution_to_json(distribution)) for key, distribution in space.items()},
-        "draws": f"random, seed {seed}" if random else "grid",
+        "draws": "grid" if seed is None else f"random, seed {seed}",
         "objective": objective,
     }
     known = study.user_attrs.get(_PROMISE)
@@ -180,19 +191,23 @@ def _next(
     if not any(trial.state == TrialState.WAITING for trial in trials):
         if len(trials) >= total:
             return None
-        number = len(trials)
-        study.enqueue_trial(combination(space, number) if seed is None else draw(space, number, seed))
+        study.enqueue_trial(_settings(space, len(trials), seed))
     return study.ask(dict(space))
+
+
+def _settings(space: Space, number: int, seed: int | None) -> dict[str, Any]:
+    """Return what a trial varies: by its number, since Optuna may have been killed in the middle of noting it."""
+    return combination(space, number) if seed is None else draw(space, number, seed)
 
 
 def _train(run_id: str, settings: Mapping[str, object], recipe: Path, project: Path) -> None:
     """Train one run to its end, from its beginning or from where it is."""
     run = find_run(run_id)
-    if condition(run) == "running" and HOST in run.data.tags:
+    if _is_trained(run_id):
         say(f"run {run_id} is still being trained, by a process of the sweep before; waiting for it")
-        while condition(run) == "running":
+        while _is_trained(run_id):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            run = find_run(run_id)
+        run = find_run(run_id)
     if condition(run) == "finished":
         return
     arguments = ["resume", run_id]
@@ -213,23 +228,34 @@ def _train(run_id: str, settings: Mapping[str, object], recipe: Path, project: P
         raise
 
 
+def _is_trained(run_id: str) -> bool:
+    """Return whether a process that outlived an earlier sweep trains a run, or is about to."""
+    run = find_run(run_id)
+    if HOST in run.data.tags:
+        return condition(run) == "running"
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("MLFLOW_RUN_ID") == run_id and process.pid != os.getpid():
+                return True
+    return False
+
+
 def _conclude(study: optuna.Study, number: int, run_id: str, objective: str) -> None:
     """Tell the study what a training gave; one that failed stays to be tried again by the next process."""
     run = find_run(run_id)
     if condition(run) != "finished":
         say(f"run {run_id} is {condition(run)}; the sweep tries it again when it is begun again")
         return
-    if objective not in run.data.metrics:
-        raise UserError(f"run {run_id} has no metric '{objective}' to minimise; {nearest(objective, run.data.metrics)}")
-    value = run.data.metrics[objective]
+    value = run.data.metrics.get(objective, math.nan)
     # Optuna takes no NaN for a result.
     study.tell(number, math.inf if math.isnan(value) else value)
 
 
-def _result(study: optuna.Study, parent: TrackedRun, objective: str) -> SweepResult:
+def _result(study: optuna.Study, space: Space, parent: TrackedRun, objective: str, seed: int | None) -> SweepResult:
     found = []
     for trial in study.get_trials(deepcopy=False):
         run = trial_run(parent, trial.number)
-        found.append(TrialResult(trial.number, trial.params, run.info.run_id, condition(run), trial.value))
+        settings = _settings(space, trial.number, seed)
+        found.append(TrialResult(trial.number, settings, run.info.run_id, condition(run), trial.value))
     found.sort(key=lambda result: (math.inf if result.value is None else result.value, result.number))
     return SweepResult(parent.id, objective, found)

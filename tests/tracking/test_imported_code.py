@@ -33,7 +33,7 @@ print(json.dumps([names, digests, vars(command), [str(path) for path in imported
 
 
 def report(
-    folder: Path, arguments: list[str], *, project: Path, path: list[Path]
+    folder: Path, arguments: list[str], *, project: Path, path: list[Path], warning: str = ""
 ) -> tuple[list[str], list[str], dict[str, object], list[str]]:
     searched = ":".join(str(entry) for entry in [REPOSITORY / "src", *path])
     ended = subprocess.run(
@@ -44,6 +44,8 @@ def report(
         text=True,
         check=True,
     )
+    assert warning in ended.stderr
+    assert bool(ended.stderr) == bool(warning), ended.stderr
     names, digest, command, late = json.loads(ended.stdout)
     ours = [name for name in names if "/sonosco_mlflow/" not in name]
     assert len(names) - len(ours) > 100, "this package is in it"
@@ -60,6 +62,7 @@ def library(tmp_path: Path) -> Path:
         "kit/not_imported_yet.py": "",
         "kit/table.json": "{}",
         "kit/.env": "token=1",
+        "kit/log.txt": "written by the package",
         "kit/__pycache__/old.pyc": "",
         "space/part/inner.py": "",
         "space/part/not_imported.py": "",
@@ -99,6 +102,10 @@ def test_all_that_a_program_imports_is_kept_though_none_of_it_is_in_git(tmp_path
     library.rename(moved)
     programs.rename(tmp_path / "z")
     assert report(tmp_path, ["z/program.py"], project=project, path=[moved])[:2] == (kept, digests)
+    (moved / "kit" / "log.txt").write_text("and again")
+    (moved / "kit" / "table.json").write_text("[]")
+    changed = report(tmp_path, ["z/program.py"], project=project, path=[moved])[1]
+    assert changed == digests, "what a package writes beside its code is no code"
     (moved / "space" / "part" / "inner.py").write_text("x = 1\n")
     changed = report(tmp_path, ["z/program.py"], project=project, path=[moved])[1]
     assert changed[0] == digests[0]
@@ -113,19 +120,23 @@ def test_in_a_repository_git_says_what_is_code_and_what_is_imported_is_added(tmp
     (project / "own" / "__init__.py").write_text("")
     for name in ("generated", "ignored", "model", "other"):
         (project / "own" / f"{name}.py").write_text("")
-    (project / "program.py").write_text("import own.generated, own.model, space.part.inner\n" + REPORT)
-    kept, _, command, late = report(project, ["program.py"], project=project, path=[library])
+    (project / "own" / "linked.py").symlink_to(library / "not_imported.py")
+    (project / "libs").mkdir()
+    path = [library, project / "libs"]
+    (project / "program.py").write_text("import own.generated, own.model, own.linked, space.part.inner\n" + REPORT)
+    kept, _, command, late = report(project, ["program.py"], project=project, path=path, warning="own/generated.py")
     assert kept == [
         ".gitignore",
         ".imported/space/space/part/inner.py",
         "own/__init__.py",
-        "own/generated.py",
+        "own/linked.py",
         "own/model.py",
         "own/other.py",
         "program.py",
     ]
     assert command["arguments"] == ["program.py", "."]
-    assert command["path"] == [".", ".imported/sonosco_mlflow", ".imported/space"]
+    # Something may be imported from there later.
+    assert command["path"] == [".", ".imported/sonosco_mlflow", ".imported/space", "libs"]
     assert late == [str(library / "late.py")]
 
 
@@ -180,3 +191,23 @@ def test_a_module_that_has_changed_since_is_refused_and_one_more_is_not(
         go_on(stopped.run.id, toy_trainer(tone_manifest), project)
     again = go_on(stopped.run.id, toy_trainer(tone_manifest), project, allowed_changes=["code"])
     assert mlflow.get_run(again.run.id).data.tags["sonosco.state"] == "finished"
+
+
+def test_what_is_installed_for_another_environment_is_installed(tmp_path: Path, library: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    other = tmp_path / "other" / "site-packages"
+    other.parent.mkdir()
+    library.rename(other)
+    (other / "alone.py").write_text("import kit\n" + REPORT)
+    assert report(tmp_path, ["-P", "-m", "alone"], project=project, path=[other])[0] == []
+
+
+def test_of_a_package_that_holds_the_whole_project_only_what_was_imported_counts(tmp_path: Path, library: Path) -> None:
+    project = tmp_path / "whole"
+    (project / "runs").mkdir(parents=True)
+    for name in ("__init__.py", "runs/other.py"):
+        (project / name).write_text("")
+    (project / "train.py").write_text(REPORT)
+    kept = report(tmp_path, ["-m", "whole.train"], project=project, path=[library])[0]
+    assert kept == [".imported/whole/whole/__init__.py", ".imported/whole/whole/train.py"]

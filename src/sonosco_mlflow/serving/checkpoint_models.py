@@ -21,7 +21,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, position_of, read_checkpoint
 from sonosco_mlflow.serving.logging import SIGNATURE
-from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+from sonosco_mlflow.serving.recognizer import OBJECTS, SpeechRecognizer
 from sonosco_mlflow.tracking.checkpoints import fetch_checkpoint
 from sonosco_mlflow.tracking.journal import Row
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -42,7 +42,8 @@ class CheckpointModels:
 
     def __init__(self, run: TrackedRun, recognizer: SpeechRecognizer | None) -> None:
         self.run = run
-        self.recognizer = recognizer
+        # Now: in the thread that delivers, the training would be at it meanwhile.
+        self.description = None if recognizer is None else recognizer.description()
 
     def follow(self, name: str, manifest: bytes, kept: frozenset[str], rows: Iterable[Row]) -> None:
         """Make the models those of the checkpoints that the run now keeps.
@@ -98,10 +99,11 @@ class CheckpointModels:
         """Write the files of ``model`` into ``folder``."""
         address = f"runs:/{self.run.id}/{model.tags[CHECKPOINT]}"
         described = Model(run_id=self.run.id, model_id=model.model_id, metadata={"checkpoint": address})
-        if self.recognizer is not None:
+        if self.description is not None:
             described.signature = SIGNATURE
             mlflow.pyfunc.add_to_model(described, loader_module=__name__, data="recognizer")
-            self.recognizer.save_description(folder / "recognizer")
+            (folder / "recognizer").mkdir()
+            (folder / "recognizer" / OBJECTS).write_bytes(self.description)
             (folder / "recognizer" / _ADDRESS).write_text(json.dumps({"checkpoint": address}) + "\n", encoding="utf-8")
         described.save(str(folder / "MLmodel"))
 

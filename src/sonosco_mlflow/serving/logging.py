@@ -11,6 +11,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.tracking.store import download, models_of
@@ -33,7 +34,13 @@ def trained_recognizer(trainer: ModelTrainer) -> SpeechRecognizer | None:
     if not isinstance(trainer.model, SpeechModel) or trainer.train_loader is None:
         return None
     dataset = trainer.train_loader.dataset
-    return SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics)
+    recognizer = SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics)
+    try:
+        recognizer.description()
+    except UserError:
+        # Its class, or one of its parts, does not say how it was made.
+        return None
+    return recognizer
 
 
 def log_recognizer(recognizer: SpeechRecognizer, step: int, scratch: Path) -> str:

@@ -27,7 +27,7 @@ from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
 from sonosco_mlflow.text import Tokenizer
 
-_OBJECTS = "objects.json"
+OBJECTS = "objects.json"
 _WEIGHTS = "model.safetensors"
 
 
@@ -73,19 +73,23 @@ class SpeechRecognizer:
 
     def save(self, folder: Path) -> None:
         """Write the recognizer into ``folder``."""
-        self.save_description(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OBJECTS).write_bytes(self.description())
         _, tensors = split_tree(dict(self.model.state_dict()))
         (folder / _WEIGHTS).write_bytes(tensor_bytes(tensors))
 
-    def save_description(self, folder: Path) -> None:
-        """Write all but the weights into ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _OBJECTS).write_bytes(json_bytes(Serializer().describe(self)))
+    def description(self) -> bytes:
+        """Return all but the weights, as :meth:`save` writes it.
+
+        Raises:
+            UserError: a part of it does not say how it was made; the message names it.
+        """
+        return json_bytes(Serializer().describe(self))
 
     @classmethod
     def load(cls, folder: Path, weights: Path | None = None) -> Self:
         """Read what :meth:`save` wrote; ``weights`` is another file of the model's parameters and buffers."""
-        recognizer = Deserializer().build(json.loads((folder / _OBJECTS).read_bytes()))
+        recognizer = Deserializer().build(json.loads((folder / OBJECTS).read_bytes()))
         assert isinstance(recognizer, cls)
         recognizer.model.load_state_dict(safetensors.torch.load((weights or folder / _WEIGHTS).read_bytes()))
         return recognizer

@@ -19,12 +19,12 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import git
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.imported_code import ImportedCode, imported_code, is_the_programs
+from sonosco_mlflow.tracking.imported_code import CODE, ImportedCode, ignored_imports, imported_code, is_the_programs
 from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
 
 LARGEST_FILE = 10 * 1024 * 1024
@@ -101,6 +101,12 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
         root = Path(repository.working_dir)
         listed = {name: root / name for kind in ("--cached", "--others") for name in _listed(repository, kind)}
         packed = _packed(root, imported_code(root, in_git=True), listed)
+        ignored = ignored_imports(root, {*listed.values()})
+        if ignored:
+            warnings.warn(
+                f"imported, and not in the run's code, because git ignores it: {', '.join(map(str, ignored))}",
+                stacklevel=2,
+            )
         return replace(
             packed,
             patch=_patch(repository, packed.withheld),
@@ -135,7 +141,8 @@ def imported_since(snapshot: CodeSnapshot) -> list[Path]:
     with zipfile.ZipFile(io.BytesIO(snapshot.archive)) as files:
         known = {root / name for name in (*files.namelist(), *snapshot.left_out, *snapshot.withheld)}
     imported = imported_code(root, in_git=True)
-    return sorted({*imported.files.values()} - {*snapshot.imported.files.values()} - known)
+    code = {path for path in imported.files.values() if path.suffix in CODE}
+    return sorted(code - {*snapshot.imported.files.values()} - known)
 
 
 def unpack(archive: bytes, folder: Path) -> None:
@@ -240,7 +247,9 @@ def _digest(entries: Mapping[str, tuple[int, str]], *, imported: bool = False) -
     """Return the sha256 over name, mode and content's sha256 of each file of code, of the one kind or the other."""
     digest = hashlib.sha256()
     for name in sorted(entries):
-        if name not in NOT_CODE and is_the_programs(name) == imported:
+        # Beside the code of a package lies what it writes, logs and caches.
+        is_counted = not imported or PurePosixPath(name).suffix in CODE
+        if name not in NOT_CODE and is_the_programs(name) == imported and is_counted:
             digest.update(json.dumps((name, *entries[name])).encode())
     return digest.hexdigest()
 

@@ -12,12 +12,15 @@ import os
 import site
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 IMPORTED = ".imported"
+CODE = frozenset({".py", ".pyi", ".pyx", ".so"})
+_SETTINGS = frozenset({".json", ".yaml", ".yml", ".toml", ".html"})
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -39,24 +42,34 @@ class ImportedCode:
 
 
 def imported_code(root: Path, *, in_git: bool) -> ImportedCode:
-    """Return what this process has imported so far; of packages all files, since more may be imported later.
+    """Return what this process has imported so far; of packages all code, since more may be imported later.
 
     Args:
         root: the folder whose code is kept.
-        in_git: whether git says what in ``root`` is code; then only what was imported in spite of it is added.
+        in_git: whether git says what in ``root`` is code; then nothing of it is added here.
     """
     root = root.resolve()
     files: dict[str, Path] = {}
     places: dict[Path, list[str]] = {}
-    for source, modules in sorted(_sources().items(), key=lambda item: item[0].name):
-        inside = source.folder.is_relative_to(root) and not _is_installed(source.folder)
+    for source, modules in sorted(_sources().items(), key=lambda item: (item[0].name, item[0].folder)):
+        inside = source.folder.is_relative_to(root) and not is_installed(source.folder)
         top = source.name.partition("/")[0].removesuffix(".py")
         place = source.folder.relative_to(root).as_posix() if inside else f"{IMPORTED}/{top}"
         known = places.setdefault(source.folder, [])
         known += [] if place in known else [place]
-        for path in modules if inside and in_git else source.files():
+        if inside and in_git:
+            continue
+        # A package that holds the whole project has its runs and data as well.
+        for path in modules if root.is_relative_to(source.path) else source.files():
             files[Path(place, path.relative_to(source.folder)).as_posix()] = path
     return ImportedCode(files, places)
+
+
+def ignored_imports(root: Path, listed: Container[Path]) -> list[Path]:
+    """Return what was imported from the repository ``root`` and is not among what git lists of it."""
+    root = root.resolve()
+    found = (path for source, modules in _sources().items() if source.path.is_relative_to(root) for path in modules)
+    return sorted(path for path in found if path.is_relative_to(root) and path not in listed)
 
 
 def is_the_programs(name: str) -> bool:
@@ -76,14 +89,19 @@ class _Source:
     folder: Path
     name: str
 
+    @property
+    def path(self) -> Path:
+        """The file or the folder."""
+        return self.folder / self.name
+
     def files(self) -> Iterator[Path]:
-        path = self.folder / self.name
-        if path.is_file():
-            yield path
+        """Yield its files, those of a package only as far as they may be code, or settings that code reads."""
+        if self.path.is_file():
+            yield self.path
             return
-        for file in sorted(path.rglob("*")):
-            parts = file.relative_to(path).parts
-            if file.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in parts):
+        for file in sorted(self.path.rglob("*")):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(self.path).parts)
+            if file.is_file() and not file.is_symlink() and file.suffix in CODE | _SETTINGS and not is_hidden:
                 yield file
 
 
@@ -93,9 +111,10 @@ def _sources() -> dict[_Source, list[Path]]:
     found: dict[_Source, list[Path]] = {_Source(_PACKAGE.parent, _PACKAGE.name): []}
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or not file.endswith(".py") or _is_installed(Path(file)):
+        if not isinstance(file, str) or not file.endswith(".py") or is_installed(Path(file)):
             continue
-        path = Path(file).resolve()
+        # The folder's links are resolved, the file's own is not: by that name it is imported.
+        path = Path(file).parent.resolve() / Path(file).name
         if path.is_relative_to(_PACKAGE) or not path.is_file():
             continue
         # What `python -m` has started is called otherwise while it runs.
@@ -121,9 +140,9 @@ def _source(name: str, path: Path) -> _Source:
     return _Source(folder, path.relative_to(folder).as_posix())
 
 
-def _is_installed(path: Path) -> bool:
-    """Return whether a path is Python's own, or of what is installed for it."""
-    return f"{path}{os.sep}".startswith(_installed())
+def is_installed(path: Path) -> bool:
+    """Return whether a path is Python's own, or of what is installed for it, also in another environment's folders."""
+    return not _INSTALLED.isdisjoint(path.parts) or f"{path}{os.sep}".startswith(_installed())
 
 
 @cache

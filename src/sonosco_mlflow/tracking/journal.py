@@ -241,11 +241,26 @@ class Journal(Callback, is_part_of_trainer=False):
             return self.path.read_bytes() if self.path.exists() else b""
 
     def rows_at(self, step: int) -> list[Row]:
-        """Return the rows of an optimizer step."""
+        """Return the rows of an optimizer step, as far as the tracking store has, or will have, these very values."""
+
+        def same(row: Row, name: str) -> bool:
+            # Where a change was allowed, the store keeps the first value.
+            stored = self._recorded.get((name, row.step))
+            return stored is None or storable(row.metrics[name]).hex() == storable(stored.value).hex()
+
         lines = self.content().split(b"\n")[:-1]
         # Not one in a thousand is of that step: no other is read.
         rows = [Row.read(line) for line in lines if f'"step": {step},'.encode() in line]
-        return [row for row in rows if row.step == step]
+        return [
+            Row(
+                row.micro_step,
+                row.step,
+                row.timestamp,
+                {name: row.metrics[name] for name in row.metrics if same(row, name)},
+            )
+            for row in rows
+            if row.step == step
+        ]
 
     def sync(self) -> None:
         """Return when every row is on the disk."""

@@ -102,6 +102,8 @@ class TrackedRun:
         run = cls(activation.run)
         run._activation = activation
         try:
+            if run_id is not None:
+                run.forget_end()
             run.set_tags({KIND: kind, STATE: "running", MLFLOW_RUN_NAME: f"{name or kind}-{run.id[:6]}"})
             # `dvc exp run` says which of its experiments this is.
             run.set_tags({tag: os.environ[variable] for variable, tag in _EXPERIMENT.items() if variable in os.environ})
@@ -145,12 +147,15 @@ class TrackedRun:
         self._activation = Activation(self.id, monitored=True)
         self.segment += 1
         self.set_tags({STATE: "running", SEGMENTS: str(self.segment)})
-        self.open_ledger()
-        # Of the end that it had before.
-        for outdated in {ERROR, WEIGHTS_DIGEST} & {*self._client.get_run(self.id).data.tags}:
-            self._client.delete_tag(self.id, outdated)
+        self.forget_end()
         if self._record is not None:
             self._client.set_tag(self._record, STATE, "running")
+
+    def forget_end(self) -> None:
+        """Take back what the run says of the end that it had before."""
+        self.open_ledger()
+        for outdated in {ERROR, WEIGHTS_DIGEST} & {*self._client.get_run(self.id).data.tags}:
+            self._client.delete_tag(self.id, outdated)
 
     def leave(self) -> None:
         """Leave the run as it is; there was nothing to do."""
@@ -316,6 +321,12 @@ class TrackedRun:
         # Last: a process that is killed before it leaves a run that is seen to have vanished, and can be continued.
         self.set_tags({STATE: state})
         self._end_record(state)
+
+    def abandon(self, error: BaseException) -> None:
+        """End the run as what ``error`` says, unless another process has it: how it ends is that one's to say."""
+        self.deactivate()
+        if not self._client.get_run(self.id).data.tags.get(OWNER):
+            self.end_after(error)
 
     def deactivate(self, patience: float = SECONDS_FOR_THE_MONITOR) -> None:
         """Make it MLflow's active run no more; the tracking store is told nothing. See :meth:`Activation.leave`."""

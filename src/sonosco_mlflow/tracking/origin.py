@@ -14,6 +14,7 @@ from sonosco_mlflow.canary import canary
 from sonosco_mlflow.config import Config, decisive, settings_digest, settings_yaml
 from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
 from sonosco_mlflow.tracking.environment import Environment, describe_environment
+from sonosco_mlflow.tracking.imported_code import is_installed
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.secrecy import without_credentials
@@ -86,10 +87,15 @@ def _portable(argument: str, code: CodeSnapshot, program: str | None, folder: Pa
 
 def _searched(code: CodeSnapshot) -> Iterator[str]:
     """Yield where modules are found, in the order in which they are looked for."""
-    searched = [Path(entry).resolve() for entry in sys.path]
-    places = code.imported.places
-    for folder in sorted(places, key=lambda place: searched.index(place) if place in searched else len(searched)):
-        yield from places[folder]
+    root, places = code.root.resolve(), dict(code.imported.places)
+    for folder in (Path(entry).resolve() for entry in sys.path):
+        if folder in places:
+            yield from places.pop(folder)
+        elif folder.is_relative_to(root) and folder.is_dir() and not is_installed(folder):
+            # Something may still be imported from there.
+            yield folder.relative_to(root).as_posix()
+    for rest in places.values():
+        yield from rest
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from pathlib import Path
 import git
 
 from sonosco_mlflow.config import settings_yaml
+from sonosco_mlflow.console import say
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import file_digest, unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
+from sonosco_mlflow.tracking.imported_code import IMPORTED
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.pipeline import borrow_settings, fetch_data
@@ -124,6 +126,9 @@ def _restore_code(segment: Segment, project: Path, tree: Path) -> None:
     facts = json.loads(segment.git())
     for name, (mode, digest) in facts["left_out"].items():
         source = project / name
+        if name.startswith(f"{IMPORTED}/") and not source.is_file():
+            say(f"{name} was too large for the run's code snapshot; the run is made again without it")
+            continue
         if not source.is_file() or file_digest(source) != digest:
             raise UserError(
                 f"{name} was too large for the run's code snapshot, and {source} is not that file (sha256 "
