@@ -12,11 +12,12 @@ from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.tracking.code_snapshot import unpack
 from sonosco_mlflow.tracking.store import find_run
 
+# Put together: this file is code that the run imports, and so it is among what the run keeps.
 TOKENS = {
-    "in a file that git ignores not": "tok-untracked-5f1c9a",
-    "in a file that git knows, changed since": "tok-tracked-77ab02",
-    "in the remote's address": "tok-remote-c0ffee",
-    "in a variable": "tok-variable-91d2e3",
+    "in a file that git ignores not": "tok-untracked-" + "5f1c9a",
+    "in a file that git knows, changed since": "tok-tracked-" + "77ab02",
+    "in the remote's address": "tok-remote-" + "c0ffee",
+    "in a variable": "tok-variable-" + "91d2e3",
     "in a name that says nothing": "hf_" + "k9Zq" * 9,
 }
 
