@@ -156,7 +156,6 @@ def test_a_distribution_of_another_version_is_named_though_the_bits_are_the_same
         world.client.set_tag(original, "sonosco.environment_digest", made.digest)
         reproduce(world, original, "--until-step", "1")
         found = certificate(world, world.trainings()[-1].info.run_id)
-        told = world.run([*SONOSCO, "diff", original, world.trainings()[-1].info.run_id])
     finally:
         world.client.set_tag(original, "sonosco.environment_digest", digest)
         for name, text in kept.items():
@@ -165,7 +164,6 @@ def test_a_distribution_of_another_version_is_named_though_the_bits_are_the_same
     assert now is not None
     assert found["bit_identical"] is True
     assert found["differing_inputs"] == {"environment": f"jiwer 0.0.1 -> {now[1]}"}
-    assert f"jiwer 0.0.1 -> {now[1]}" in told
 
 
 def test_what_cannot_be_made_again_is_refused_before_anything_runs(world: Project, original: str) -> None:
