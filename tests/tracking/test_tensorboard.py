@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,8 @@ def test_without_a_journal_the_reader_shows_no_zigzag(tmp_path: Path) -> None:
         killed.on_metrics(at(step), {"train_loss": float(step)})
     killed.close()
     assert len(files(tmp_path)) == 1
+    # A process takes more than a second to come back; in one second the files of a process are read as 1, 10, 2, ...
+    time.sleep(1.1)
     continued = TensorBoard(tmp_path)
     for step in range(4, 9):
         continued.on_metrics(at(step), {"train_loss": step + 0.5})
