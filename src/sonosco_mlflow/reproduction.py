@@ -14,8 +14,9 @@ from pathlib import Path
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.changes import input_changes
+from sonosco_mlflow.tracking.child_runs import new_run
 from sonosco_mlflow.tracking.comparison import Comparison, compare_runs
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, new_run
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.rebuilt import ENVIRONMENT_MANAGERS, Rebuilt, rebuild
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
 from sonosco_mlflow.tracking.store import connect, find_run
