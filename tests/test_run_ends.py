@@ -31,7 +31,7 @@ from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.tracking.store import download, find_run
-from sonosco_mlflow.tracking.tags import OWNER
+from sonosco_mlflow.tracking.tags import HEARTBEAT, OWNER
 from sonosco_mlflow.training.callbacks import Callback, ModelCheckpoint
 from sonosco_mlflow.training.interruption import LeaveAtOnce, Terminated
 from sonosco_mlflow.training.trainer import ModelTrainer
@@ -645,13 +645,38 @@ def test_two_runs_in_one_process_end_each_by_itself(project: Path, order: tuple[
 def test_a_run_that_another_process_trains_is_not_begun_again(
     stopping: Experiment, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = mlflow.get_run(stopping.run.id).data.tags
+    stopping.opened.recording.background.finish(LONGEST_WAIT)
+
+    def tags() -> dict[str, str]:
+        # The run still shows life.
+        return {key: value for key, value in find_run(stopping.run.id).data.tags.items() if key != HEARTBEAT}
+
+    before = tags()
     monkeypatch.setenv("MLFLOW_RUN_ID", stopping.run.id)
     with pytest.raises(UserError, match="which MLFLOW_RUN_ID names, is being trained by process"):
         Experiment.create(SETTINGS, project=project, name="another")
-    assert mlflow.get_run(stopping.run.id).data.tags == before
+    assert tags() == before
     stopping.stop()
     assert status(stopping) == ("KILLED", "interrupted")
+
+
+def test_a_launched_run_that_another_process_takes_first_is_not_ended(
+    project: Path, tracking_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient()
+    launched = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+
+    def too_late(run_id: str) -> Lease:
+        client.set_tag(run_id, OWNER, "another")
+        raise UserError(f"run {run_id} is being trained by another process")
+
+    monkeypatch.setattr(Lease, "take", too_late)
+    with pytest.raises(UserError, match="trained by another process"):
+        Experiment.create(SETTINGS, project=project, name="toy")
+    assert find_run(launched).info.status == "RUNNING"
+    assert find_run(launched).data.tags["sonosco.state"] == "running"
+    assert mlflow.active_run() is None
 
 
 # ------------------------------------------------------------------ one trainer, several threads

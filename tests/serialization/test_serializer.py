@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
@@ -638,11 +639,14 @@ def test_a_uri_is_fetched_first(tmp_path: Path) -> None:
     Serializer().serialize(Point(2.0), tmp_path)
     asked = []
 
-    def fetch(uri: str) -> Path:
-        asked.append(uri)
-        return tmp_path
+    def fetch(uri: str, folder: Path) -> Path:
+        asked.append((uri, folder))
+        shutil.copytree(tmp_path, folder / "brought")
+        return folder / "brought"
 
     assert Deserializer(fetch=fetch).deserialize("runs:/abc/checkpoints") == Point(2.0)
-    assert asked == ["runs:/abc/checkpoints"]
+    ((uri, folder),) = asked
+    assert uri == "runs:/abc/checkpoints"
+    assert not folder.exists()
     with pytest.raises(UserError, match="'runs:/abc' is not on this machine"):
         Deserializer().deserialize("runs:/abc")

@@ -1,6 +1,7 @@
 """The checkpoints that a run keeps are models in MLflow, each with the metrics of its step."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -9,10 +10,11 @@ import pytest
 import torch
 from mlflow.entities import LoggedModel, LoggedModelStatus
 
-from experiments import artifacts, new_project, rows, run_experiment, toy_trainer
+from experiments import artifacts, go_on, new_project, rows, run_experiment, toy_trainer
 from sonosco_mlflow import metrics
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.models.deepspeech2 import DeepSpeech2
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
 from sonosco_mlflow.serving.logging import trained_recognizer
@@ -21,6 +23,8 @@ from sonosco_mlflow.tracking.store import artifact_bytes, models_of
 from sonosco_mlflow.training.callbacks import ModelCheckpoint
 from sonosco_mlflow.training.trainer import ModelTrainer
 from toy import TOKENIZER, tone_loader, tones
+
+SMALLEST = {**DeepSpeech2.presets["small"], "channels": [2, 2], "hidden_size": 8, "recurrent_layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +132,55 @@ def test_states_within_a_step_and_before_the_first_have_no_model(finished: Exper
     assert frozenset(of_checkpoints(finished.run.id)) == kept
 
 
+def test_after_an_allowed_change_a_run_keeps_one_value_of_each_step(
+    tmp_path: Path, tracking_store: str, tone_manifest: Manifest
+) -> None:
+    project = new_project(tmp_path)
+    stopped = run_experiment(toy_trainer(tone_manifest, stop_at=9), project)
+    run_id = stopped.run.id
+    before = rows(run_id)
+    # As if it had been killed before these were written. Steps 5 to 9 come out otherwise, and 8 has a checkpoint.
+    for name in ("step-00000008", "step-00000009"):
+        shutil.rmtree(stopped.folder / "checkpoints" / name)
+        stopped.run.delete_artifact(f"checkpoints/{name}")
+    faster = toy_trainer(tone_manifest, learning_rate=0.1)
+    assert go_on(run_id, faster, project, config={"size": 2}, allowed_changes=["config"]).resumption is not None
+    after = rows(run_id)
+    assert {key: values for key, values in after.items() if len(values) != 1} == {}
+    assert before.items() <= after.items()
+    found = {metric.key for metric in of_checkpoints(run_id)["step-00000008"].metrics or []}
+    assert "learning_rate" not in found, "the run shows the first value of this step, and this model was not made by it"
+
+
+class Unmarked(DeepSpeech2):
+    """A model of a user's, which does not say how it was made."""
+
+    def __init__(self) -> None:
+        super().__init__(n_mels=8, vocabulary_size=TOKENIZER.vocabulary_size, **SMALLEST)  # type: ignore[arg-type]
+
+
+def test_a_model_that_only_its_own_program_can_make_is_trained_all_the_same(
+    tmp_path: Path, tracking_store: str, tone_manifest: Manifest
+) -> None:
+    model = Unmarked()
+    trainer = ModelTrainer(
+        model,
+        train_loader=tone_loader(tone_manifest),
+        val_loader=tone_loader(tone_manifest, seed=None),
+        metrics=[metrics.word_error_rate],
+        epochs=1,
+    )
+    assert isinstance(model, SpeechModel)
+    assert trained_recognizer(trainer) is None
+    experiment = Experiment.create({"size": 1}, project=new_project(tmp_path), name="toy")
+    experiment.setup_model_trainer(trainer, checkpoints=False)
+    experiment.start()
+    assert mlflow.get_run(experiment.run.id).info.status == "FINISHED"
+
+
 def test_the_model_of_a_checkpoint_transcribes(tmp_path: Path, tracking_store: str, tone_manifest: Manifest) -> None:
     torch.manual_seed(0)
-    settings = {**DeepSpeech2.presets["small"], "channels": [2, 2], "hidden_size": 8, "recurrent_layers": 1}
-    model = DeepSpeech2(n_mels=8, vocabulary_size=TOKENIZER.vocabulary_size, **settings)  # type: ignore[arg-type]
+    model = DeepSpeech2(n_mels=8, vocabulary_size=TOKENIZER.vocabulary_size, **SMALLEST)  # type: ignore[arg-type]
     trainer = ModelTrainer(
         model,
         train_loader=tone_loader(tone_manifest),

@@ -186,12 +186,12 @@ def test_one_that_was_removed_before_its_turn_is_passed_over(run: Recorder, chec
 # ---------------------------------------------------------------------- and back
 
 
-def test_without_any_there_is_none(run: Recorder, checkpoints: Path) -> None:
+def test_without_any_there_is_none(run: Recorder, checkpoints: Path, tmp_path: Path) -> None:
     assert newest_checkpoint(Segment(run.id), checkpoints) is None
     checkpoints.mkdir()
     assert newest_checkpoint(Segment(run.id), checkpoints) is None
     with pytest.raises(UserError, match=f"run {run.id} has kept no whole checkpoint"):
-        fetch_checkpoint(f"runs:/{run.id}")
+        fetch_checkpoint(f"runs:/{run.id}", tmp_path)
 
 
 def test_the_one_on_this_machine_is_used_where_it_is_the_newest(
@@ -298,15 +298,15 @@ def test_what_an_earlier_fetch_left_half_done_is_no_hindrance(run: Recorder, che
     assert sorted(path.name for path in found.directory.iterdir()) == sorted([*FILES, MANIFEST])
 
 
-def test_an_address_names_a_run_or_one_checkpoint(run: Recorder, checkpoints: Path) -> None:
+def test_an_address_names_a_run_or_one_checkpoint(run: Recorder, checkpoints: Path, tmp_path: Path) -> None:
     for step in (1, 2):
         upload_checkpoint(run, write(checkpoints, step), kept(1, 2))
-    assert read_checkpoint(fetch_checkpoint(f"runs:/{run.id}")).step == 2
-    assert read_checkpoint(fetch_checkpoint(f"runs:/{run.id}/checkpoints/step-00000001")).step == 1
+    assert read_checkpoint(fetch_checkpoint(f"runs:/{run.id}", tmp_path)).step == 2
+    assert read_checkpoint(fetch_checkpoint(f"runs:/{run.id}/checkpoints/step-00000001", tmp_path)).step == 1
     with pytest.raises(UserError, match=r"has no artifact 'checkpoints/step-00000007'"):
-        fetch_checkpoint(f"runs:/{run.id}/checkpoints/step-00000007")
+        fetch_checkpoint(f"runs:/{run.id}/checkpoints/step-00000007", tmp_path)
     with pytest.raises(UserError, match="'nonsense' is not in the tracking store"):
-        fetch_checkpoint("runs:/nonsense")
+        fetch_checkpoint("runs:/nonsense", tmp_path)
 
 
 def test_of_a_run_whose_newest_is_broken_the_one_before_is_fetched(
@@ -316,9 +316,9 @@ def test_of_a_run_whose_newest_is_broken_the_one_before_is_fetched(
         upload_checkpoint(run, write(checkpoints, step), kept(1, 2))
     run.log_file(checkpoints / "step-00000001" / MANIFEST, "checkpoints/step-00000002")
     with pytest.warns(UserWarning, match="step-00000002"):
-        assert read_checkpoint(fetch_checkpoint(f"runs:/{run.id}")).step == 1
+        assert read_checkpoint(fetch_checkpoint(f"runs:/{run.id}", tmp_path)).step == 1
     with pytest.raises(BrokenCheckpointError):
-        read_checkpoint(fetch_checkpoint(f"runs:/{run.id}/checkpoints/step-00000002"))
+        read_checkpoint(fetch_checkpoint(f"runs:/{run.id}/checkpoints/step-00000002", tmp_path))
 
 
 # ---------------------------------------------------------------------- written while it is delivered

@@ -21,7 +21,9 @@ the type and value that it had, or is refused when it is written.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,14 +115,14 @@ class Deserializer:
 
     Args:
         trusted: names of further modules (their submodules included) that may be imported.
-        fetch: brings what a URI (``runs:/...``) names to this machine and returns its folder.
+        fetch: brings what a URI (``runs:/...``) names into a folder and returns where it lies there.
         allow_changed: names of objects given anew that need not have the digest of those that were written.
     """
 
     def __init__(
         self,
         trusted: Iterable[str] = (),
-        fetch: Callable[[str], Path] | None = None,
+        fetch: Callable[[str, Path], Path] | None = None,
         *,
         allow_changed: Iterable[str] = (),
     ) -> None:
@@ -142,7 +144,8 @@ class Deserializer:
         """
         from sonosco_mlflow.serialization.checkpoint import read_newest_checkpoint
 
-        checkpoint = read_newest_checkpoint(self._local(path))
+        with self._local(path) as folder:
+            checkpoint = read_newest_checkpoint(folder)
         value = self.build(checkpoint.objects, **external)
         if hasattr(value, "load_state_dict"):
             state = checkpoint.state
@@ -171,9 +174,12 @@ class Deserializer:
         """
         return resolve(name, self.trusted)
 
-    def _local(self, path: str | Path) -> Path:
+    @contextmanager
+    def _local(self, path: str | Path) -> Iterator[Path]:
         if isinstance(path, Path) or not re.match(r"[a-z][a-z0-9+.-]+:/", path):
-            return Path(path)
+            yield Path(path)
+            return
         if self.fetch is None:
             raise UserError(f"'{path}' is not on this machine; give the Deserializer a way to fetch it, or a folder")
-        return self.fetch(path)
+        with tempfile.TemporaryDirectory(prefix="sonosco-checkpoint-") as scratch:
+            yield self.fetch(path, Path(scratch))

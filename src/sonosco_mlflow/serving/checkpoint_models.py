@@ -111,8 +111,9 @@ class CheckpointModels:
 def _load_pyfunc(folder: str) -> SpeechRecognizer:
     """Load such a model: what :func:`mlflow.pyfunc.load_model` calls."""
     address = json.loads(Path(folder, _ADDRESS).read_text(encoding="utf-8"))["checkpoint"]
-    checkpoint = read_checkpoint(fetch_checkpoint(address))
-    return SpeechRecognizer.load(Path(folder), checkpoint.directory / "model.safetensors")
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = read_checkpoint(fetch_checkpoint(address, Path(scratch)))
+        return SpeechRecognizer.load(Path(folder), checkpoint.directory / "model.safetensors")
 
 
 def _delete(model: LoggedModel) -> None:

@@ -169,8 +169,10 @@ def _fetch(segment: Segment, name: str, directory: Path) -> Checkpoint:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fetch_checkpoint(uri: str) -> Path:
+def fetch_checkpoint(uri: str, folder: Path) -> Path:
     """Download the newest whole checkpoint of ``runs:/<run id>``, or the one that ``runs:/<run id>/<path>`` names.
+
+    It comes into ``folder``, and is returned.
 
     Raises:
         UserError: there is no such run, or it kept no checkpoint.
@@ -178,7 +180,6 @@ def fetch_checkpoint(uri: str) -> Path:
     run_id, _, artifact = uri.removeprefix("runs:/").partition("/")
     connect(Path())
     run = find_run(run_id)
-    folder = Path(tempfile.mkdtemp(prefix="sonosco-checkpoint-"))
     if artifact:
         return download(run_id, artifact, folder)
     checkpoint = newest_checkpoint(newest_segment(run), folder)
@@ -192,8 +193,8 @@ class Deserializer(serializer.Deserializer):
 
     Args:
         trusted: names of further modules (their submodules included) that may be imported.
-        fetch: brings what a URI names to this machine and returns its folder.
+        fetch: brings what a URI names into a folder and returns where it lies there.
     """
 
-    def __init__(self, trusted: Iterable[str] = (), fetch: Callable[[str], Path] = fetch_checkpoint) -> None:
+    def __init__(self, trusted: Iterable[str] = (), fetch: Callable[[str, Path], Path] = fetch_checkpoint) -> None:
         super().__init__(trusted, fetch)

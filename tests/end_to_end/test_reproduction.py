@@ -212,7 +212,7 @@ with Experiment.create({"seed": sys.argv[1]}) as experiment:
 """
 
 
-@pytest.mark.parametrize("place", ["repository", "elsewhere"])
+@pytest.mark.parametrize("place", [pytest.param("repository", marks=pytest.mark.slow), "elsewhere"])
 def test_a_run_of_a_program_of_the_users_is_made_again(tmp_path: Path, empty_database: Path, place: str) -> None:
     """It lies in the project, which is a repository; or outside of it, as its model does, and git knows of nothing."""
     folder = tmp_path / "project"
