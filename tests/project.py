@@ -47,6 +47,10 @@ def make_project(folder: Path, utterances: int = 30) -> Path:
         recipe[section].update(keys)
     with (folder / "params.yaml").open("w") as file:
         YAML().dump(recipe, file)
+    stages = YAML().load((folder / "dvc.yaml").read_text(encoding="utf-8"))
+    stages["stages"]["corpus"]["deps"].append("tones")
+    with (folder / "dvc.yaml").open("w") as file:
+        YAML().dump(stages, file)
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "first"]):
         run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], folder)
     return folder

@@ -56,6 +56,13 @@ def tone_corpus(folder: Path, texts: Sequence[str]) -> Manifest:
     return Manifest(utterances, folder)
 
 
+def change_a_sample(path: Path) -> None:
+    """Change one sample of a recording, and nothing of its header."""
+    audio, rate = soundfile.read(path, dtype="int16")
+    audio[1000] += 200
+    soundfile.write(path, audio, rate, subtype="PCM_16")
+
+
 def tone_loader(
     manifest: Manifest, frames_per_batch: int = 120, seed: int | None = 0, workers: int = 0
 ) -> AudioDataLoader:

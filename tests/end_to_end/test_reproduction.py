@@ -1,7 +1,6 @@
 """A run is made again from what MLflow and DVC kept, in processes of their own."""
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from project import REPOSITORY, Project, make_project, run, with_artifacts
-from sonosco_mlflow.tracking.environment import Environment
 from toy import tone_corpus, tone_texts
 
 MLFLOW = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
@@ -142,30 +140,6 @@ def test_where_they_part_is_named_with_the_input_that_differs(world: Project, or
     assert any("model.safetensors: " in item["what"] for item in differences)
 
 
-def test_a_distribution_of_another_version_is_named_though_the_bits_are_the_same(world: Project, original: str) -> None:
-    """As if the run had been made with another release of one library, which computes the same."""
-    run_ = world.client.get_run(original)
-    folder = Path(run_.info.artifact_uri) / "environment"
-    kept = {name: (folder / name).read_text() for name in ("requirements.txt", "system.json")}
-    digest = run_.data.tags["sonosco.environment_digest"]
-    other = re.sub(r"(?m)^jiwer==.*$", "jiwer==0.0.1", kept["requirements.txt"])
-    assert other != kept["requirements.txt"]
-    try:
-        (folder / "requirements.txt").write_text(other)
-        made = Environment(other, json.loads(kept["system.json"]))
-        world.client.set_tag(original, "sonosco.environment_digest", made.digest)
-        reproduce(world, original, "--until-step", "1")
-        found = certificate(world, world.trainings()[-1].info.run_id)
-    finally:
-        world.client.set_tag(original, "sonosco.environment_digest", digest)
-        for name, text in kept.items():
-            (folder / name).write_text(text)
-    now = re.search(r"(?m)^jiwer==(.*)$", kept["requirements.txt"])
-    assert now is not None
-    assert found["bit_identical"] is True
-    assert found["differing_inputs"] == {"environment": f"jiwer 0.0.1 -> {now[1]}"}
-
-
 def test_what_cannot_be_made_again_is_refused_before_anything_runs(world: Project, original: str) -> None:
     count = len(world.runs())
     said = reproduce(world, "nonsense", status=1)
@@ -210,6 +184,27 @@ with Experiment.create({"seed": sys.argv[1]}) as experiment:
     experiment.setup_model_trainer(trainer)
     experiment.start()
 """
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_is_named(tmp_path: Path, empty_database: Path) -> None:
+    """A program takes the number that it finds: what the machine has, where nothing says another."""
+    folder, tones = tmp_path / "project", tmp_path / "tones"
+    tone_corpus(tones, tone_texts(6)).write(tones / "manifest.jsonl")
+    (folder / "own").mkdir(parents=True)
+    (folder / "own" / "model.py").write_text(MODEL)
+    (folder / "program.py").write_text(PROGRAM)
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
+    with_artifacts(tmp_path)
+    project = Project(folder, tmp_path / "mlflow.db")
+    project.variables["PYTHONPATH"] = str(REPOSITORY / "src")
+    bare = ["env", "-u", "OMP_NUM_THREADS"]
+    project.run([*bare, "taskset", "-c", "0", sys.executable, "program.py", "3", str(tones)])
+    original = project.trainings()[0].info.run_id
+    said = project.run([*bare, *SONOSCO, "reproduce", original, "--env-manager", "local"], 1)
+    assert "- numerics: threads was 1, is 2" in said
+    said = project.run([*SONOSCO, "diff", original, project.trainings()[-1].info.run_id])
+    assert "likely cause  numerics: threads was 1, is 2" in said
 
 
 @pytest.mark.parametrize("place", [pytest.param("repository", marks=pytest.mark.slow), "elsewhere"])

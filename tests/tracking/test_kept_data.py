@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from project import make_project, run
 from sonosco_mlflow.config import Config
@@ -15,6 +14,7 @@ from sonosco_mlflow.tracking.changes import lineage_changes
 from sonosco_mlflow.tracking.kept_data import KeptData, kept_data_changes
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import lock_text, prepare_data
+from toy import change_a_sample
 
 DVC = ["python", "-m", "dvc"]
 
@@ -43,12 +43,6 @@ class Versions:
     def changes(self, one: str, other: str, scratch: Path) -> list[str]:
         sides = [KeptData(self.locks[name], self.project, scratch / name) for name in (one, other)]
         return kept_data_changes(*sides)
-
-
-def change_a_sample(path: Path) -> None:
-    audio, rate = soundfile.read(path, dtype="int16")
-    audio[1000] += 200
-    soundfile.write(path, audio, rate, subtype="PCM_16")
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import lock_text, make_private, prepare_data, ready_data, remotes, stage_outputs
 from sonosco_mlflow.tracking.restoration import restore_data
+from toy import change_a_sample
 
 OUTPUTS = {"data/corpus", "data/manifests", "data/features"}
 
@@ -80,6 +82,23 @@ def test_an_unknown_corpus_is_refused_at_once(project: Path) -> None:
 def test_a_source_that_does_not_exist_is_named(project: Path) -> None:
     with pytest.raises(UserError, match=r"data\.source: found 'nowhere'"):
         prepare_data(recipe(project, data__source="nowhere"), project)
+
+
+def test_a_source_that_dvc_does_not_watch_is_refused(project: Path, tmp_path: Path) -> None:
+    """The project's own stages name its own source only."""
+    shutil.copytree(project, tmp_path / "copy", symlinks=True)
+    copy = tmp_path / "copy"
+    shutil.copytree(copy / "tones", copy / "others")
+    text = (copy / "params.yaml").read_text()
+    (copy / "params.yaml").write_text(text.replace("source: tones", "source: others"))
+    with pytest.raises(UserError, match=r"the stage corpus does not name 'others' among its deps.*add the line"):
+        prepare_data(recipe(copy), copy)
+    stages = (copy / "dvc.yaml").read_text()
+    (copy / "dvc.yaml").write_text(stages.replace("- tones", "- others"))
+    made = prepare_data(recipe(copy), copy)
+    before = DataLineage.of_folder(made).digest
+    change_a_sample(copy / "others" / "tone-005.wav")
+    assert DataLineage.of_folder(prepare_data(recipe(copy), copy)).digest != before
 
 
 def test_without_a_pipeline_there_is_a_message(tmp_path: Path) -> None:

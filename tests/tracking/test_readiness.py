@@ -72,7 +72,7 @@ def test_features_of_other_manifests_are_refused(folder: DataFolder) -> None:
 
 def test_where_dvc_cannot_tell_nothing_is_trained(folder: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 255, "", "not a DVC repository")
-    monkeypatch.setattr(readiness, "dvc", lambda *_: failed)
+    monkeypatch.setattr(readiness, "dvc", lambda *_, **__: failed)
     with pytest.raises(UserError, match="DVC cannot tell"):
         require_current(folder)
 

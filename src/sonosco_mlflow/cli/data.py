@@ -1,5 +1,6 @@
 """The verbs that make data: each a stage of the pipeline, and all of them together."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +21,12 @@ def corpus(
     """Bring a corpus: its audio, and a list of utterances a split."""
     from sonosco_mlflow.console import stage_progress
     from sonosco_mlflow.data.stages import DataFolder, make_corpus
+    from sonosco_mlflow.tracking.pipeline import require_watched
 
     chosen = {key: value for key, value in {"data.corpus": name, "data.source": source}.items() if value is not None}
     config = read_recipe(context, settings, params, chosen)
+    if "DVC_STAGE" in os.environ:
+        require_watched(config, Path())
     with stage_progress() as progress:
         make_corpus(config, DataFolder(into), progress)
 

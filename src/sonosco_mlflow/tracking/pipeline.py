@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,34 @@ def require_source(config: Config, project: Path) -> None:
     Raises:
         UserError: it does not.
     """
+    source = _local_source(config, project)
+    if source is not None and not source.exists():
+        raise UserError(
+            f"data.source: found '{config.data.source}', expected an archive or a folder; there is none of that name"
+        )
+
+
+def require_watched(config: Config, project: Path) -> None:
+    """Return if DVC, which runs the stages in ``project``, sees a change inside the source of the corpus.
+
+    Raises:
+        UserError: it does not: the stage does not name the source.
+    """
+    source = _local_source(config, project)
+    if source is None:
+        return
+    stages = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    if source not in {(project / path).resolve() for path in stages["corpus"]["deps"]}:
+        raise UserError(
+            f"{project / 'dvc.yaml'}: the stage corpus does not name '{config.data.source}' among its deps, and DVC "
+            f"would not see a changed recording; add the line `- {config.data.source}` to them"
+        )
+
+
+def _local_source(config: Config, project: Path) -> Path | None:
+    """Return the source of the corpus, or None where it is one on the web or needs none."""
     source = config.data.source
-    if source is not None and "://" not in source and not (project / source).exists():
-        raise UserError(f"data.source: found '{source}', expected an archive or a folder; there is none of that name")
+    return None if source is None or "://" in source else (project / source).resolve()
 
 
 def workspace_locked(workspace: Path, project: Path) -> AbstractContextManager[None]:
@@ -137,9 +162,9 @@ def _inside_git(project: Path) -> bool:
 
 def _absolute(config: Config, project: Path) -> dict[str, Any]:
     recipe: dict[str, Any] = json.loads(json.dumps(config.data_recipe))
-    source = recipe["data"]["source"]
-    if source is not None and "://" not in source:
-        recipe["data"]["source"] = str((project / source).resolve())
+    source = _local_source(config, project)
+    if source is not None:
+        recipe["data"]["source"] = str(source)
     return recipe
 
 
@@ -154,12 +179,13 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
         code.symlink_to(os.path.relpath(project / "src", workspace))
     recipe = _absolute(config, project)
     recipe["data"]["processes"] = config.data.processes
-    source = recipe["data"]["source"]
     yaml = YAML()
     stages = yaml.load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     chosen = {name: stages[name] for name in DATA_STAGES}
-    if source is not None and "://" not in source:
-        chosen["corpus"]["deps"].append(source)
+    # The source of the project's own recipe is none of this one's.
+    code_of = [path for path in stages["corpus"]["deps"] if Path(path).parts[0] == "src"]
+    source = _local_source(config, project)
+    chosen["corpus"]["deps"] = code_of if source is None else [*code_of, str(source)]
     for name, content in {"dvc.yaml": {"stages": chosen}, "params.yaml": recipe}.items():
         with (workspace / name).open("w", encoding="utf-8") as file:
             yaml.dump(content, file)
@@ -199,16 +225,6 @@ def borrow_settings(workspace: Path, project: Path) -> None:
         settings["cache"].setdefault("dir", str(project / ".dvc" / "cache"))
 
 
-def fetch_data(workspace: Path) -> Iterator[None]:
-    """Bring the outputs that ``dvc.lock`` names, from the cache, then from each remote; yields after every attempt."""
-    # What one misses, the next may find. By force: nothing in a workspace of ours is the user's.
-    pulls = [["pull", "--force", "--remote", remote] for remote in remotes(workspace)]
-    for command in (["checkout", "--force"], *pulls):
-        print(f"bringing the data of the run: dvc {' '.join(command)}", file=sys.stderr, flush=True)
-        dvc(workspace, *command, *DATA_STAGES)
-        yield
-
-
 def remotes(workspace: Path) -> list[str]:
     """Return the names of DVC's remotes that may have data: the default one, or else all."""
     from dvc.config import Config as Settings
@@ -218,10 +234,19 @@ def remotes(workspace: Path) -> list[str]:
     return list(settings["remote"]) if default is None else [default]
 
 
-def dvc(workspace: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def dvc(
+    workspace: Path, *arguments: str, variables: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     """Run a command of DVC that starts no stages, and return what it says. It may name addresses and passwords."""
-    command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, cwd=workspace, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=workspace,
+        env={**os.environ, **(variables or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def reproduce(workspace: Path) -> None:

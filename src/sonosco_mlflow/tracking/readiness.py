@@ -1,6 +1,7 @@
 """Whether the data that lies ready is what ``dvc.lock`` says, and its features are of its manifests."""
 
 import json
+import tempfile
 from pathlib import PurePosixPath
 
 from sonosco_mlflow.data.corpora.base import SPLITS, some
@@ -42,11 +43,17 @@ def require_current(folder: DataFolder) -> None:
         )
 
 
-def changed_files(folder: DataFolder) -> list[str] | None:
-    """Return the files that are not what ``dvc.lock`` says, or None where DVC cannot tell."""
-    # The digest knows the features by `dvc.lock` alone. Not `dvc status`: it says nothing of files whose cache is gone.
-    # This one takes names of stages for paths, silently finds none, and tells of no change.
-    status = dvc(folder.root.parent, "data", "status", "--json", "--granular", *stage_outputs(folder))
+def changed_files(folder: DataFolder, *, afresh: bool = False) -> list[str] | None:
+    """Return the files that are not what ``dvc.lock`` says, or None where DVC cannot tell.
+
+    DVC remembers the digest of a file that it has put there, and does not read it; ``afresh`` has it read every file.
+    """
+    with tempfile.TemporaryDirectory() as memory:
+        variables = {"DVC_SITE_CACHE_DIR": memory} if afresh else {}
+        # The digest knows the features by `dvc.lock` alone. Not `dvc status`: it says nothing of files whose cache is
+        # gone. This one takes names of stages for paths, silently finds none, and tells of no change.
+        command = ("data", "status", "--json", "--granular", *stage_outputs(folder))
+        status = dvc(folder.root.parent, *command, variables=variables)
     if status.returncode != 0:
         return None
     uncommitted = json.loads(status.stdout).get("uncommitted", {})

@@ -22,9 +22,9 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import file_digest, unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
 from sonosco_mlflow.tracking.imported_code import IMPORTED
-from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.origin import Command
-from sonosco_mlflow.tracking.pipeline import borrow_settings, fetch_data
+from sonosco_mlflow.tracking.pipeline import borrow_settings
+from sonosco_mlflow.tracking.restoration import fetch_data, holds
 from sonosco_mlflow.tracking.segments import Segment
 
 ENVIRONMENT_MANAGERS = ("uv", "local")
@@ -151,14 +151,8 @@ def _restore_data(segment: Segment, project: Path, place: Path, expected: str | 
         return False
     borrow_settings(place, project)
     # Where the run's data is not known by DVC's digests, what its ``dvc.lock`` names is all that can be had.
-    return any(lock is None or _digest_of(DataFolder(place / "data")) == expected for _ in fetch_data(place))
-
-
-def _digest_of(folder: DataFolder) -> str | None:
-    try:
-        return DataLineage.of_folder(folder).digest
-    except (UserError, OSError):
-        return None
+    folder = DataFolder(place / "data")
+    return any(lock is None or holds(folder, expected) for _ in fetch_data(place))
 
 
 def _build_environment(environment: Environment, folder: Path) -> Path:
