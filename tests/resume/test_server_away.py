@@ -12,7 +12,7 @@ from harness import Process, World
 from outage import Wire
 from proofs import NewWorld, Proof
 
-from servers import TrackingServer
+from servers import PATIENCE, TrackingServer
 
 SETTINGS = {"epochs": 8, "pace": 0.6}
 LONG = {"epochs": 60, "pace": 1.0}
@@ -47,7 +47,7 @@ def served(make_world: NewWorld) -> Iterator[tuple[World, TrackingServer]]:
 
 
 def wait_for_step(process: Process, step: int) -> None:
-    deadline = time.monotonic() + outage.PATIENCE
+    deadline = time.monotonic() + PATIENCE
     while process.lives and time.monotonic() < deadline:
         if len(process.steps) >= step:
             return
