@@ -56,6 +56,15 @@ def make_project(folder: Path, utterances: int = 30) -> Path:
     return folder
 
 
+def move_corpus(project: Path, folder: Path) -> None:
+    """Let the project's corpus lie in ``folder``: it is no part of the repository, whose snapshot would keep it."""
+    (project / "tones").rename(folder)
+    for name, old in {"params.yaml": "source: tones", "dvc.yaml": "- tones"}.items():
+        text = (project / name).read_text()
+        assert old in text
+        (project / name).write_text(text.replace(old, old.replace("tones", str(folder))))
+
+
 def run(
     command: list[str], folder: Path, *, status: int = 0, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

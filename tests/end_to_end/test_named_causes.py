@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from project import Project, make_project, run, with_artifacts
+from project import Project, make_project, move_corpus, run, with_artifacts
 from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.tracking.environment import Environment
 from toy import change_a_sample
@@ -29,12 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Pro
     (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
     with_artifacts(folder)
     made = make_project(folder / "project")
-    # No part of the repository, whose snapshot would keep it.
-    (made / "tones").rename(folder / "tones")
-    for name, old in {"params.yaml": "source: tones", "dvc.yaml": "- tones"}.items():
-        text = (made / name).read_text()
-        assert old in text
-        (made / name).write_text(text.replace("tones", str(folder / "tones")))
+    move_corpus(made, folder / "tones")
     project = Project(made, folder / "mlflow.db")
     project.run([*SONOSCO, "train"])
     return project

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from project import Project, make_project, run, with_artifacts
+from project import Project, make_project, move_corpus, run, with_artifacts
 
 MLFLOW = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
 DVC = [sys.executable, "-m", "dvc"]
@@ -22,11 +22,11 @@ def template(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     """A project with its data, and with one undisturbed run in the store beside it."""
     folder = tmp_path_factory.mktemp("launched")
     project = make_project(folder / "project")
+    # A clone has what was made of the recordings from DVC's remote, or makes it again.
+    move_corpus(project, folder / "tones")
     recipe = YAML().load((project / "params.yaml").read_text())
     recipe["training"]["epochs"] = 4
     recipe["checkpoint"]["every_steps"] = 1
-    # The recordings are in no repository: a clone has what was made of them from DVC's remote, or makes it again.
-    recipe["data"]["source"] = str((project / "tones").rename(folder / "tones"))
     with (project / "params.yaml").open("w") as file:
         YAML().dump(recipe, file)
     run([*DVC, "remote", "add", "--default", "kept", str(folder / "remote")], project)
