@@ -186,17 +186,23 @@ with Experiment.create({"seed": sys.argv[1]}) as experiment:
 """
 
 
+def with_program(folder: Path, empty_database: Path, program: Path, library: Path) -> Project:
+    """Return ``folder / "project"``, an empty store, and a program and its model in the two places, with a corpus."""
+    tone_corpus(folder / "tones", tone_texts(6)).write(folder / "tones" / "manifest.jsonl")
+    for place in (folder / "project", program, library / "own"):
+        place.mkdir(parents=True, exist_ok=True)
+    (library / "own" / "model.py").write_text(MODEL)
+    (program / "program.py").write_text(PROGRAM)
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    with_artifacts(folder)
+    return Project(folder / "project", folder / "mlflow.db")
+
+
 @pytest.mark.slow
 def test_another_number_of_threads_is_named(tmp_path: Path, empty_database: Path) -> None:
     """A program takes the number that it finds: what the machine has, where nothing says another."""
-    folder, tones = tmp_path / "project", tmp_path / "tones"
-    tone_corpus(tones, tone_texts(6)).write(tones / "manifest.jsonl")
-    (folder / "own").mkdir(parents=True)
-    (folder / "own" / "model.py").write_text(MODEL)
-    (folder / "program.py").write_text(PROGRAM)
-    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
-    with_artifacts(tmp_path)
-    project = Project(folder, tmp_path / "mlflow.db")
+    tones = tmp_path / "tones"
+    project = with_program(tmp_path, empty_database, tmp_path / "project", tmp_path / "project")
     project.variables["PYTHONPATH"] = str(REPOSITORY / "src")
     bare = ["env", "-u", "OMP_NUM_THREADS"]
     project.run([*bare, "taskset", "-c", "0", sys.executable, "program.py", "3", str(tones)])
@@ -210,22 +216,13 @@ def test_another_number_of_threads_is_named(tmp_path: Path, empty_database: Path
 @pytest.mark.parametrize("place", [pytest.param("repository", marks=pytest.mark.slow), "elsewhere"])
 def test_a_run_of_a_program_of_the_users_is_made_again(tmp_path: Path, empty_database: Path, place: str) -> None:
     """It lies in the project, which is a repository; or outside of it, as its model does, and git knows of nothing."""
-    folder = tmp_path / "project"
-    tones = tmp_path / "tones"
-    tone_corpus(tones, tone_texts(6)).write(tones / "manifest.jsonl")
-    folder.mkdir()
+    folder, tones = tmp_path / "project", tmp_path / "tones"
     program, library = folder, folder
+    if place == "elsewhere":
+        program, library = tmp_path / "programs", tmp_path / "library"
+    project = with_program(tmp_path, empty_database, program, library)
     if place == "repository":
         run(["git", "init", "--quiet"], folder)
-    else:
-        program, library = tmp_path / "programs", tmp_path / "library"
-        program.mkdir()
-    (library / "own").mkdir(parents=True)
-    (library / "own" / "model.py").write_text(MODEL)
-    (program / "program.py").write_text(PROGRAM)
-    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
-    with_artifacts(tmp_path)
-    project = Project(folder, tmp_path / "mlflow.db")
     project.variables["PYTHONPATH"] = f"{REPOSITORY / 'src'}:{library}"
     project.run([sys.executable, str(program / "program.py"), "3", str(tones)])
     original = project.trainings()[0].info.run_id

@@ -25,6 +25,7 @@ def corpus(
 
     chosen = {key: value for key, value in {"data.corpus": name, "data.source": source}.items() if value is not None}
     config = read_recipe(context, settings, params, chosen)
+    # By hand, nobody relies on being told when it is to be made again.
     if "DVC_STAGE" in os.environ:
         require_watched(config, Path())
     with stage_progress() as progress:
