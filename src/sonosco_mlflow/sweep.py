@@ -45,6 +45,33 @@ _SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """What a sweep tries: the whole grid, or ``trials`` that are drawn at random with a seed."""
+
+    space: Space
+    objective: str
+    trials: int | None
+    seed: int
+
+    @property
+    def total(self) -> int:
+        return grid_size(self.space) if self.trials is None else self.trials
+
+    def settings(self, number: int) -> dict[str, Any]:
+        """Return what a trial varies: by its number, since Optuna may have been killed in the middle of noting it."""
+        return combination(self.space, number) if self.trials is None else draw(self.space, number, self.seed)
+
+    def promise(self, recipe: Config) -> dict[str, object]:
+        """Return what a sweep must not change while it goes on; of random draws more may be asked for."""
+        return {
+            "recipe": recipe.digest,
+            "space": {key: json.loads(distribution_to_json(varied)) for key, varied in self.space.items()},
+            "draws": "grid" if self.trials is None else f"random, seed {self.seed}",
+            "objective": self.objective,
+        }
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """A training of a sweep.
 
@@ -114,46 +141,39 @@ def sweep(
     """
     check_recipe(config)
     check_space(space, config)
-    total = grid_size(space) if trials is None else trials
-    connect(project)
     if objective not in OBJECTIVES:
         raise UserError(f"--objective {objective}: no recipe's training has it; {nearest(objective, OBJECTIVES)}")
-    draws = None if trials is None else seed
+    plan = _Plan(space, objective, trials, seed)
+    total = plan.total
+    connect(project)
     with ExitStack() as stack:
         # Two that begin a sweep of one name at once are to have one run.
         with locked(project / ".sonosco" / "sweeps.lock"):
-            study = _open_study(config, space, project, name, objective=objective, seed=draws)
+            study = _open_study(plan, config, project, name)
             parent = stack.enter_context(_parent(study, config, name))
         recipe = project / "runs" / f"sweep-{name}-{parent.id[:6]}" / "params.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(config.to_yaml(), encoding="utf-8")
         parent.log_text(config.to_yaml(), "config/params.yaml")
         tried: set[int] = set()
-        while (trial := _next(study, space, total, tried, draws)) is not None:
+        while (trial := _next(study, plan, total, tried)) is not None:
             tried.add(trial.number)
             run_id = trial_run(parent, trial.number).info.run_id
-            _train(run_id, _settings(space, trial.number, draws), recipe, project)
+            _train(run_id, plan.settings(trial.number), recipe, project)
             _conclude(study, trial.number, run_id, objective)
-            parent.describe(_result(study, space, parent, objective, draws).to_markdown())
-        result = _result(study, space, parent, objective, draws)
+            parent.describe(_result(study, plan, parent).to_markdown())
+        result = _result(study, plan, parent)
         values = [found.value for found in result.trials if found.value is not None]
         if values:
             parent.log_metrics({f"best_{objective}": min(values)}, step=len(values))
     return result
 
 
-def _open_study(
-    config: Config, space: Space, project: Path, name: str, *, objective: str, seed: int | None
-) -> optuna.Study:
+def _open_study(plan: _Plan, recipe: Config, project: Path, name: str) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{(project / STORAGE).resolve()}")
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, direction="minimize")
-    promise = {
-        "recipe": config.digest,
-        "space": {key: json.loads(distribution_to_json(distribution)) for key, distribution in space.items()},
-        "draws": "grid" if seed is None else f"random, seed {seed}",
-        "objective": objective,
-    }
+    promise = plan.promise(recipe)
     known = study.user_attrs.get(_PROMISE)
     differing = [] if known is None else [part for part in promise if known[part] != promise[part]]
     if differing:
@@ -181,9 +201,7 @@ def _parent(study: optuna.Study, config: Config, name: str) -> Iterator[TrackedR
             lease.release()
 
 
-def _next(
-    study: optuna.Study, space: Space, total: int, tried: set[int], seed: int | None
-) -> optuna.trial.BaseTrial | None:
+def _next(study: optuna.Study, plan: _Plan, total: int, tried: set[int]) -> optuna.trial.BaseTrial | None:
     """Return a trial that an earlier process left unfinished, else a new one, or None where all are there."""
     trials = study.get_trials(deepcopy=False)
     for trial in trials:
@@ -192,13 +210,8 @@ def _next(
     if not any(trial.state == TrialState.WAITING for trial in trials):
         if len(trials) >= total:
             return None
-        study.enqueue_trial(_settings(space, len(trials), seed))
-    return study.ask(dict(space))
-
-
-def _settings(space: Space, number: int, seed: int | None) -> dict[str, Any]:
-    """Return what a trial varies: by its number, since Optuna may have been killed in the middle of noting it."""
-    return combination(space, number) if seed is None else draw(space, number, seed)
+        study.enqueue_trial(plan.settings(len(trials)))
+    return study.ask(dict(plan.space))
 
 
 def _train(run_id: str, settings: Mapping[str, object], recipe: Path, project: Path) -> None:
@@ -252,11 +265,11 @@ def _conclude(study: optuna.Study, number: int, run_id: str, objective: str) -> 
     study.tell(number, math.inf if math.isnan(value) else value)
 
 
-def _result(study: optuna.Study, space: Space, parent: TrackedRun, objective: str, seed: int | None) -> SweepResult:
+def _result(study: optuna.Study, plan: _Plan, parent: TrackedRun) -> SweepResult:
     found = []
     for trial in study.get_trials(deepcopy=False):
         run = trial_run(parent, trial.number)
-        settings = _settings(space, trial.number, seed)
+        settings = plan.settings(trial.number)
         found.append(TrialResult(trial.number, settings, run.info.run_id, condition(run), trial.value))
     found.sort(key=lambda result: (math.inf if result.value is None else result.value, result.number))
-    return SweepResult(parent.id, objective, found)
+    return SweepResult(parent.id, plan.objective, found)
