@@ -1,5 +1,6 @@
 """A token that lies in a project, in its remote's address and in the environment leaves with no part of a run."""
 
+import os
 import sqlite3
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ from experiments import new_project, run_experiment, toy_trainer
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.tracking.code_snapshot import unpack
 from sonosco_mlflow.tracking.store import find_run
+from sonosco_mlflow.training.callbacks import Callback
+from sonosco_mlflow.training.trainer import ModelTrainer
 
 # Put together: this file is code that the run imports, and so it is among what the run keeps.
 TOKENS = {
@@ -19,7 +22,17 @@ TOKENS = {
     "in the remote's address": "tok-remote-" + "c0ffee",
     "in a variable": "tok-variable-" + "91d2e3",
     "in a name that says nothing": "hf_" + "k9Zq" * 9,
+    "in a file that was committed and is gone": "tok-committed-" + "3e8d17",
+    "in an address that is printed": "tok-printed-" + "60b4f2",
 }
+
+
+class Talkative(Callback):
+    """Prints what it should not."""
+
+    def on_epoch_end(self, trainer: ModelTrainer, epoch: int) -> None:
+        token = TOKENS["in an address that is printed"]
+        print(f"with {os.environ['MY_SERVICE_TOKEN']} to https://me:{token}@example.org/api?key={token}")
 
 
 def git(project: Path, *arguments: str) -> None:
@@ -31,14 +44,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
     new_project(folder)
-    untracked, tracked, remote, variable, plain = TOKENS.values()
+    untracked, tracked, remote, variable, plain, gone, _ = TOKENS.values()
     (folder / "service.env").write_text("TOKEN=before\n")
+    (folder / "old.env").write_text(f"TOKEN={gone}\n")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "first")
     git(folder, "remote", "add", "origin", f"https://user:{remote}@example.org/project.git?access_token={remote}")
     (folder / "service.env").write_text(f"TOKEN={tracked}\n")
     (folder / ".env").write_text(f"TOKEN={untracked}\n")
     (folder / "notes.txt").write_text(f"the one of the hub is {plain}\n")
+    (folder / "old.env").unlink()
     (folder / "model.py").write_text("x = 2\n")
     monkeypatch.setenv("MY_SERVICE_TOKEN", variable)
     return folder
@@ -58,7 +73,7 @@ def test_a_token_leaves_with_no_part_of_a_run(
     project: Path, tone_manifest: Manifest, tracking_store: str, tmp_path: Path
 ) -> None:
     with pytest.warns(UserWarning, match=r"\.env"):
-        experiment = run_experiment(toy_trainer(tone_manifest), project)
+        experiment = run_experiment(toy_trainer(tone_manifest, Talkative()), project)
     artifacts = Path(find_run(experiment.run.id).info.artifact_uri.removeprefix("file://"))
     left = everything(experiment.folder, artifacts, Path(tracking_store.removeprefix("sqlite:///")))
     unpacked = tmp_path / "unpacked"
@@ -67,6 +82,7 @@ def test_a_token_leaves_with_no_part_of_a_run(
     assert b"x = 2" in left[str(unpacked / "model.py")], "the snapshot is not what is looked at"
     assert b"x = 2" in left[str(artifacts / "code" / "uncommitted.patch")]
     assert any(b"example.org/project.git" in content for content in left.values())
+    assert b"with *** to https://example.org/api\n" in left[str(artifacts / "logs" / "console.log")]
     where = {
         place: [name for name, content in left.items() if token.encode() in content] for place, token in TOKENS.items()
     }

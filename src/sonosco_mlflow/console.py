@@ -19,16 +19,17 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class _Tee:
     """A stream that writes to another one, and to a file the lines that would remain standing in a terminal."""
 
-    def __init__(self, stream: TextIO, file: TextIO) -> None:
+    def __init__(self, stream: TextIO, file: TextIO, clean: Callable[[str], str]) -> None:
         self.stream = stream
         self._file = file
+        self._clean = clean
         self._line = ""
 
     def write(self, text: str) -> int:
         for part in re.split("([\r\n])", _CONTROL.sub("", text).replace("\r\n", "\n")):
             # One that outlives its block, in the hands of another, has no file any more.
             if part == "\n" and not self.has_ended:
-                self._file.write(self._line + "\n")
+                self._file.write(self._clean(self._line) + "\n")
             # A carriage return lets the next text overwrite the line, as a progress bar does.
             self._line = "" if part in ("\r", "\n") else self._line + part
         return self.stream.write(text)
@@ -61,12 +62,15 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def console_log(path: Path) -> Iterator[None]:
-    """Append to ``path`` what Python prints to stdout and stderr inside the block, without control codes."""
+def console_log(path: Path, clean: Callable[[str], str] = str) -> Iterator[None]:
+    """Append to ``path`` what Python prints to stdout and stderr inside the block, without control codes.
+
+    ``clean`` returns what is to stand there of a line.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     streams = sys.stdout, sys.stderr
     with path.open("a", encoding="utf-8") as file:
-        tees = _Tee(streams[0], file), _Tee(streams[1], file)
+        tees = _Tee(streams[0], file, clean), _Tee(streams[1], file, clean)
         sys.stdout, sys.stderr = tees
         try:
             yield

@@ -34,6 +34,7 @@ from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 from sonosco_mlflow.tracking.readiness import require_current
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
+from sonosco_mlflow.tracking.secrecy import without_secrets
 from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
@@ -292,7 +293,7 @@ def report(outcome: Outcome) -> str:
     """Return what a person wants to read at the end of a run."""
     rates = {name: value for name, value in outcome.metrics.items() if name.endswith("error_rate")}
     lines = [f"  {name:<28} {100 * value:6.2f} %" for name, value in rates.items()]
-    uri = os.environ["MLFLOW_TRACKING_URI"]
+    uri = without_secrets(os.environ["MLFLOW_TRACKING_URI"])
     return "\n".join(
         [
             f"\nrun {outcome.run_id}",

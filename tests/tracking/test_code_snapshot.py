@@ -4,8 +4,10 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import time
 import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking import code_snapshot
 from sonosco_mlflow.tracking.code_snapshot import archive_digest, snapshot_code, unpack
 from sonosco_mlflow.tracking.imported_code import ImportedCode
-from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
+from sonosco_mlflow.tracking.secrecy import is_secret, without_secrets
 
 
 @pytest.fixture(autouse=True)
@@ -170,11 +173,20 @@ def test_credentials_do_not_leave(repository: Path) -> None:
 
 
 def test_a_large_file_is_listed_with_its_digest(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sonosco_mlflow.tracking.code_snapshot.LARGEST_FILE", 100)
-    (repository / "large.bin").write_bytes(bytes(101))
+    for module in ("code_snapshot", "repository"):
+        monkeypatch.setattr(f"sonosco_mlflow.tracking.{module}.LARGEST_FILE", 100)
+    large = repository / "large.bin"
+    large.write_bytes(bytes(101))
     snapshot = snapshot_code(repository)
     assert "large.bin" not in names(snapshot.archive)
     assert list(snapshot.left_out) == ["large.bin"]
+    git(repository, "add", "large.bin")
+    assert snapshot_code(repository).patch == b"", "staged is no smaller"
+    committed(repository)
+    large.unlink()
+    gone = snapshot_code(repository)
+    assert gone.patch == b""
+    assert gone.unpatched == ["large.bin"]
 
 
 # ---------------------------------------------------------------------- there and back
@@ -241,16 +253,116 @@ def test_before_the_first_commit_the_patch_makes_everything(tmp_path: Path) -> N
     assert tree(tmp_path / "again") == {name: facts for name, facts in tree(folder).items() if name != "binary"}
 
 
-def test_submodules_are_named_with_their_commits(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def committed(folder: Path) -> str:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "more")
+    return git(folder, "rev-parse", "HEAD").strip()
+
+
+def test_submodules_are_in_it_as_they_are_checked_out(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     other = tmp_path_factory.mktemp("other")
     git(other, "init", "--quiet")
-    (other / "file").write_text("x")
-    git(other, "add", "--all")
-    git(other, "commit", "--quiet", "--message", "first")
+    (other / "file.py").write_text("x = 1\n")
+    first = committed(other)
     git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(other), "with space")
+    committed(repository)
     snapshot = snapshot_code(repository)
-    assert snapshot.submodules == {"with space": git(other, "rev-parse", "HEAD").strip()}
-    assert "with space/file" not in names(snapshot.archive)
+    assert snapshot.submodules == {"with space": first}
+    assert not snapshot.dirty
+    assert "with space/file.py" in names(snapshot.archive)
+    git(repository, "config", "diff.ignoreSubmodules", "all")
+    (repository / "with space" / "file.py").write_text("x = 2\n")
+    changed = snapshot_code(repository)
+    assert changed.dirty
+    assert changed.digest != snapshot.digest
+    second = committed(repository / "with space")
+    moved = snapshot_code(repository)
+    assert moved.submodules == {"with space": second}
+    assert moved.digest == changed.digest
+
+
+def test_a_repository_inside_that_is_not_tracked_is_code_as_well(repository: Path) -> None:
+    inner = repository / "lib" / "inner"
+    inner.mkdir(parents=True)
+    git(inner, "init", "--quiet")
+    (inner / ".gitignore").write_text("*.tmp\n")
+    (inner / "model.py").write_text("x = 1\n")
+    (inner / "a.tmp").write_text("")
+    found = names(snapshot_code(repository).archive)
+    assert found == [".gitignore", "lib/inner/.gitignore", "lib/inner/model.py", "tracked.py"]
+
+
+def test_what_runs_write_is_no_code(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to tell git to ignore it."""
+    (repository / "own.py").write_text("x = 1\n")
+    (repository / "runs").mkdir()
+    (repository / "runs" / "plot.py").write_text("x = 1\n")
+    before = snapshot_code(repository)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{repository / 'store.db'}")
+    written = ("store.db", "store.db.lock", "store.db-journal", "mlruns/0/a/artifacts/params.yaml", "sweeps.db")
+    for name in (*written, "runs/train-0a1b2c/journal.jsonl", ".sonosco/data/x.py", "train.log", "nohup.out"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("x\n")
+    after = snapshot_code(repository)
+    assert after.digest == before.digest
+    assert {*names(after.archive)} - {*names(before.archive)} == {"train.log", "nohup.out"}
+    committed(repository)
+    assert "store.db" in names(snapshot_code(repository).archive), "what git tracks is code, whatever it is called"
+
+
+def test_a_project_below_the_root_of_its_repository(repository: Path) -> None:
+    project = repository / "sub"
+    project.mkdir()
+    (project / "dvc.yaml").write_text("stages: {}\n")
+    (repository / "other").mkdir()
+    (repository / "other" / "params.yaml").write_text("a: 1\n")
+    before = snapshot_code(project)
+    for name in ("params.yaml", "dvc.lock"):
+        (project / name).write_text("x: 1\n")
+    assert snapshot_code(project).digest == before.digest
+    (repository / "other" / "params.yaml").write_text("a: 2\n")
+    assert snapshot_code(project).digest != before.digest, "no recipe of DVC's"
+
+
+def test_settings_of_git_hide_nothing(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (repository / "tracked.py").write_text("".join(f"x = {i}\n" for i in range(30)))
+    committed(repository)
+    for key, value in (("status.showUntrackedFiles", "no"), ("diff.context", "0"), ("diff.relative", "true")):
+        git(repository, "config", key, value)
+    (repository / "untracked.py").write_text("y = 2\n")
+    assert snapshot_code(repository).dirty
+    (repository / "tracked.py").write_text("".join(f"x = {i}\n" for i in range(30) if i != 15))
+    (repository / "sub").mkdir()
+    snapshot = snapshot_code(repository / "sub")
+    clone = tmp_path_factory.mktemp("clones") / "clone"
+    git(repository, "clone", "--quiet", str(repository), str(clone))
+    (clone / ".git" / "patch").write_bytes(snapshot.patch)
+    git(clone, "apply", ".git/patch")
+    assert tree(clone) == tree(repository)
+
+
+def test_a_name_that_is_not_utf_8(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    odd = os.fsdecode(b"caf\xe9.py")
+    (repository / odd).write_text("x = 1\n")
+    snapshot = snapshot_code(repository)
+    again = tmp_path_factory.mktemp("again")
+    unpack(snapshot.archive, again)
+    assert tree(again) == tree(repository)
+    assert archive_digest(snapshot.archive, {}) == snapshot.digest
+    json.loads(snapshot.git_json())
+
+
+def test_without_git_it_is_what_was_imported(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(repository))
+    snapshot = snapshot_code(repository)
+    assert snapshot.commit is None
+    assert names(snapshot.archive) == []
+    program = "from sonosco_mlflow.tracking import code_snapshot"
+    source = Path(code_snapshot.__file__).parents[2]
+    environment = {"PATH": str(repository), "PYTHONPATH": str(source)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
@@ -299,9 +411,60 @@ def test_secrets_stay(repository: Path) -> None:
         assert PRIVATE_KEY.encode() not in content
 
 
+@pytest.mark.parametrize("removal", ["deleted", "untracked", "cleaned"])
+def test_a_patch_does_not_show_a_secret_that_was_committed(repository: Path, removal: str) -> None:
+    (repository / ".env").write_text("TOKEN=planted-in-the-past\n")
+    (repository / "b.py").write_text(f"token = '{TOKEN}'\n")
+    (repository / "c.py").write_text("c = 1\n")
+    committed(repository)
+    (repository / "b.py").write_text("token = None\n")
+    (repository / "c.py").write_text("c = 2\n")
+    match removal:
+        case "deleted":
+            (repository / ".env").unlink()
+        case "untracked":
+            git(repository, "rm", "--quiet", "--cached", ".env")
+            (repository / ".env").unlink()
+        case "cleaned":
+            (repository / ".env").write_text("")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        snapshot = snapshot_code(repository)
+    assert b"planted-in-the-past" not in snapshot.patch
+    assert TOKEN.encode() not in snapshot.patch
+    assert b"+c = 2" in snapshot.patch
+    assert {*snapshot.unpatched} == {".env", "b.py"}
+    assert "b.py" in names(snapshot.archive), "as it is now"
+
+
+def test_a_program_with_a_token_in_it_counts_though_it_stays(repository: Path) -> None:
+    digests = set()
+    for rate in (1, 2):
+        (repository / "train.py").write_text(f"rate = {rate}\ntoken = '{TOKEN}'\n")
+        with pytest.warns(UserWarning, match=r"look like secrets: train\.py"):
+            snapshot = snapshot_code(repository)
+        assert "train.py" not in names(snapshot.archive)
+        assert list(snapshot.left_out) == ["train.py"]
+        digests.add(snapshot.digest)
+    assert len(digests) == 2
+
+
+def test_what_a_secret_variable_holds_is_no_part_of_code_or_text(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "correct-horse-battery")
+    monkeypatch.setenv("MY_TOKEN_FILE", str(repository))
+    (repository / "a.txt").write_text("it is correct-horse-battery\n")
+    (repository / "b.txt").write_text(f"it is in {repository}\n")
+    with pytest.warns(UserWarning, match=r"look like secrets: a\.txt"):
+        assert snapshot_code(repository).withheld == ["a.txt"]
+    assert without_secrets(f"--token=correct-horse-battery {repository}") == f"--token=*** {repository}"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        *((name, True) for name in (".envrc", ".env-prod", "kaggle.json", ".databrickscfg", "api_key.txt")),
         *((name, True) for name in (".env", ".env.local", "prod.env", "server.pem", "id_ed25519", ".netrc", "token")),
         *((name, True) for name in ("credentials.json", "aws-credentials", "client_secret.json", "secrets.yaml")),
         *((name, False) for name in (".env.example", "tokens.txt", "tokenizer.json", "environment.py", "secrets.py")),
@@ -321,10 +484,15 @@ def test_the_names_of_secrets(tmp_path: Path, name: str, expected: bool) -> None
         ("ssh://git@example.org/a.git", "ssh://example.org/a.git"),
         ("git@example.org:a.git", "git@example.org:a.git"),
         ("/srv/git/a.git", "/srv/git/a.git"),
+        ("--set=data.source=https://me:pass@example.org/x", "--set=data.source=https://example.org/x"),
+        (
+            "run at postgresql://me:p@ss@host:5432/db, and s3://bucket/x",
+            "run at postgresql://host:5432/db, and s3://bucket/x",
+        ),
     ],
 )
 def test_addresses_without_credentials(address: str, expected: str) -> None:
-    assert without_credentials(address) == expected
+    assert without_secrets(address) == expected
 
 
 # ---------------------------------------------------------------------- quick

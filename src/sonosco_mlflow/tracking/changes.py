@@ -1,17 +1,15 @@
 """In what the recorded inputs of two runs differ: recipe, code, data, environment, arithmetic."""
 
 import difflib
-import io
 import json
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sonosco_mlflow.config import decisive, flatten
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.code_snapshot import NOT_CODE, archived_files
+from sonosco_mlflow.tracking.code_snapshot import archived_contents, archived_files, is_code
 from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.kept_data import KeptData, kept_data_changes
 from sonosco_mlflow.tracking.segments import Segment
@@ -99,13 +97,13 @@ def config_changes(recorded: Mapping[str, object], present: Mapping[str, object]
 
 def code_changes(recorded: bytes, present: bytes) -> list[str]:
     """Return the names of the files of code that differ between two snapshots."""
-    names = _unequal(archived_files(recorded), archived_files(present))
-    return [name for name in names if name not in NOT_CODE]
+    was, now = archived_files(recorded), archived_files(present)
+    return [name for name in _unequal(was, now) if is_code(name, {**was, **now})]
 
 
 def unified_code_diff(recorded: bytes, present: bytes) -> str:
     """Return how the code of two snapshots differs, as a unified diff."""
-    was, now = _contents(recorded), _contents(present)
+    was, now = archived_contents(recorded), archived_contents(present)
     return "".join(_file_difference(name, was.get(name), now.get(name)) for name in code_changes(recorded, present))
 
 
@@ -193,11 +191,6 @@ def _data(one: Segment, other: Segment, project: Path) -> list[str]:
 def _numerics(recorded: Environment, present: Environment) -> list[str]:
     reasons = machine_changes(recorded, present)
     return reasons or ["the same operations give other bits, on the same processor and with as many threads"]
-
-
-def _contents(archive: bytes) -> dict[str, tuple[int, bytes]]:
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        return {entry.filename: (entry.external_attr >> 16, files.read(entry)) for entry in files.infolist()}
 
 
 def _file_difference(name: str, was: tuple[int, bytes] | None, now: tuple[int, bytes] | None) -> str:

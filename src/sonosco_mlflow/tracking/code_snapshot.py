@@ -12,29 +12,35 @@ import hashlib
 import io
 import json
 import os
-import shutil
+import re
 import stat
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-import git
-
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.imported_code import CODE, ImportedCode, ignored_imports, imported_code, is_the_programs
-from sonosco_mlflow.tracking.secrecy import is_secret, without_credentials
+from sonosco_mlflow.tracking.repository import (
+    LARGEST_FILE,
+    changed_files,
+    listed_files,
+    patch_of,
+    repository_of,
+    submodules,
+)
+from sonosco_mlflow.tracking.secrecy import is_secret, without_secrets
 
-LARGEST_FILE = 10 * 1024 * 1024
 # The recipe and the data have digests of their own: a run with other parameters does not run other code.
-NOT_CODE = frozenset({"params.yaml", "dvc.lock"})
+_RECIPE = frozenset({"params.yaml", "dvc.lock"})
+# Where the output of a command is often led, of this one as well.
+_LOGS = frozenset({".log", ".out"})
+# What runs write beside the code, where git is not told to ignore it.
+_OUTPUT = frozenset({"mlruns", "mlartifacts", ".sonosco"})
+_RUN_FOLDER = re.compile(r".+-[0-9a-f]{6}")
 # A fixed date: the archive's bytes are to depend on the files alone.
 _ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
-_SUBMODULE = "160000"
-# As git does it: a file with a zero byte in its beginning is no text.
-_BEGINNING = 8000
 
 
 @dataclass(frozen=True)
@@ -44,18 +50,19 @@ class CodeSnapshot:
     Attributes:
         root: folder that the names in the archive start from.
         archive: bytes of a zip of all files; equal files give equal bytes.
-        digest: sha256 over names, modes and contents, save the recipe's and ``dvc.lock``'s, of the repository and this
-            package.
+        digest: sha256 over names, modes and contents, save the recipe's, ``dvc.lock``'s and those of logs, of the
+            repository and this package.
         imported_digest: the same of what else the program has imported; empty where that is nothing.
         patch: the difference to the commit, for ``git apply``; untracked texts are new files in it.
         commit: hexadecimal id, or None outside git or before the first commit.
         branch: its name, or None when detached or outside git.
         remote: address of ``origin`` without credentials, or None.
         dirty: whether code differs from the commit, untracked files included.
-        submodules: commit of each, by path.
+        submodules: commit of each, by path; their files are in the archive.
         imported: what the process had imported by then.
-        left_out: mode and sha256 of each file that is too large for the archive.
+        left_out: mode and sha256 of each file of code that is too large for the archive, or looks like a secret.
         withheld: files that look like secrets; nothing of them is kept.
+        unpatched: changed files that the patch is silent on: they are left out, or what was committed would be.
     """
 
     root: Path
@@ -71,6 +78,7 @@ class CodeSnapshot:
     imported: ImportedCode = field(default_factory=lambda: ImportedCode({}, {}))
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     withheld: list[str] = field(default_factory=list)
+    unpatched: list[str] = field(default_factory=list)
 
     def git_json(self) -> str:
         """Return the facts beside the archive as JSON."""
@@ -83,6 +91,7 @@ class CodeSnapshot:
             "code_digest": self.digest,
             "left_out": self.left_out,
             "withheld": self.withheld,
+            "unpatched": self.unpatched,
         }
         return json.dumps(facts, indent=1, sort_keys=True) + "\n"
 
@@ -92,14 +101,14 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
 
     Files that look like secrets are named by a warning and left out.
     """
-    try:
-        repository = git.Repo(folder, search_parent_directories=True)
-    except git.InvalidGitRepositoryError:
-        root = folder.resolve()
-        return _packed(root, imported_code(root, in_git=False), {})
+    folder = folder.resolve()
+    repository = repository_of(folder)
+    if repository is None:
+        return _packed(folder, imported_code(folder, in_git=False), {})
     with repository:
         root = Path(repository.working_dir)
-        listed = {name: root / name for kind in ("--cached", "--others") for name in _listed(repository, kind)}
+        is_output = _output_of(folder)
+        listed = listed_files(repository, is_output)
         packed = _packed(root, imported_code(root, in_git=True), listed)
         ignored = ignored_imports(root, {*listed.values()})
         if ignored:
@@ -107,15 +116,41 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
                 f"imported, and not in the run's code, because git ignores it: {', '.join(map(str, ignored))}",
                 stacklevel=2,
             )
+        patch, unpatched = patch_of(repository, {*packed.withheld, *packed.left_out}, is_output)
+        changed = changed_files(repository, is_output)
         return replace(
             packed,
-            patch=_patch(repository, packed.withheld),
+            patch=patch,
+            unpatched=unpatched,
             commit=repository.head.commit.hexsha if repository.head.is_valid() else None,
             branch=None if repository.head.is_detached else repository.active_branch.name,
-            remote=without_credentials(repository.remotes.origin.url) if "origin" in repository.remotes else None,
-            dirty=not repository.head.is_valid() or _is_changed(repository),
-            submodules=_submodules(repository),
+            remote=without_secrets(repository.remotes.origin.url) if "origin" in repository.remotes else None,
+            dirty=not repository.head.is_valid() or any(is_code(name, listed) for name in changed),
+            submodules=submodules(repository),
         )
+
+
+def _output_of(project: Path) -> Callable[[Path], bool]:
+    """Return what says of an untracked file whether runs of ``project`` write it."""
+    stores = [str(project / "sweeps.db"), str(project / "mlflow.db")]
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    stores += [str(Path(uri.removeprefix("sqlite:///")).resolve())] if uri.startswith("sqlite:///") else []
+    runs = project / "runs"
+
+    def is_output(path: Path) -> bool:
+        if path.is_relative_to(runs) and len(path.parts) > len(runs.parts):
+            return bool(_RUN_FOLDER.fullmatch(path.parts[len(runs.parts)]))
+        # Beside a database stand its journal and its lock.
+        return not _OUTPUT.isdisjoint(path.parts) or str(path).startswith(tuple(stores))
+
+    return is_output
+
+
+def is_code(name: str, names: Container[str]) -> bool:
+    """Return whether a file counts as code, among files of those ``names``: no recipe of DVC's does, nor a log."""
+    path = PurePosixPath(name)
+    is_recipe = path.name in _RECIPE and (path.parent == PurePosixPath() or str(path.with_name("dvc.yaml")) in names)
+    return not is_recipe and path.suffix not in _LOGS
 
 
 def _packed(root: Path, imported: ImportedCode, listed: Mapping[str, Path]) -> CodeSnapshot:
@@ -139,7 +174,7 @@ def imported_since(snapshot: CodeSnapshot) -> list[Path]:
     """Return what this process has imported since, and the snapshot does not have."""
     root = snapshot.root.resolve()
     with zipfile.ZipFile(io.BytesIO(snapshot.archive)) as files:
-        known = {root / name for name in (*files.namelist(), *snapshot.left_out, *snapshot.withheld)}
+        known = {root / name for name in (*map(_name, files.infolist()), *snapshot.left_out, *snapshot.withheld)}
     imported = imported_code(root, in_git=True)
     code = {path for path in imported.files.values() if path.suffix in CODE}
     return sorted(code - {*snapshot.imported.files.values()} - known)
@@ -156,10 +191,10 @@ def unpack(archive: bytes, folder: Path) -> None:
     links = {}
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         for entry in files.infolist():
-            path = root / entry.filename
+            path = root / _name(entry)
             if not path.resolve().is_relative_to(root):
                 raise UserError(
-                    f"the code snapshot names '{entry.filename}', which leaves its folder; it was not made by us"
+                    f"the code snapshot names '{_name(entry)}', which leaves its folder; it was not made by us"
                 )
             mode = entry.external_attr >> 16
             if stat.S_ISLNK(mode):
@@ -189,23 +224,32 @@ class _Packing:
                     continue
                 if is_secret(path):
                     self.withheld.append(name)
+                    # A program with a token in it is code all the same; its digest gives nothing away.
+                    if path.suffix in CODE:
+                        self.entries[name] = self.left_out[name] = _kind(path), file_digest(path)
                     continue
                 self.entries[name] = self._add(archive, path, name)
         self.archive = buffer.getvalue()
 
     def _add(self, archive: zipfile.ZipFile, path: Path, name: str) -> tuple[int, str]:
-        status = path.lstat()
-        # Of the mode only the kind of file and the executable bit count, as in git.
-        kind = stat.S_IFMT(status.st_mode) | (0o755 if status.st_mode & stat.S_IXUSR else 0o644)
-        if status.st_size > LARGEST_FILE:
+        kind = _kind(path)
+        if path.lstat().st_size > LARGEST_FILE:
             self.left_out[name] = kind, file_digest(path)
             return self.left_out[name]
         content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
-        entry = zipfile.ZipInfo(name, _ARCHIVE_DATE)
+        entry = zipfile.ZipInfo(os.fsencode(name).decode(errors="backslashreplace"), _ARCHIVE_DATE)
+        # Of a name that is not UTF-8 the archive can have an image only.
+        entry.comment = b"" if entry.filename == name else os.fsencode(name)
         entry.external_attr = kind << 16
         entry.compress_type = zipfile.ZIP_DEFLATED
         archive.writestr(entry, content)
         return kind, hashlib.sha256(content).hexdigest()
+
+
+def _kind(path: Path) -> int:
+    """Return of a file's mode what counts: which kind of file it is, and the executable bit, as in git."""
+    mode = path.lstat().st_mode
+    return stat.S_IFMT(mode) | (0o755 if mode & stat.S_IXUSR else 0o644)
 
 
 def file_digest(path: Path) -> str:
@@ -238,9 +282,19 @@ def archived_files(archive: bytes) -> dict[str, tuple[int, str]]:
     """Return mode and sha256 of each file in an archive."""
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         return {
-            entry.filename: (entry.external_attr >> 16, hashlib.sha256(files.read(entry)).hexdigest())
+            _name(entry): (entry.external_attr >> 16, hashlib.sha256(files.read(entry)).hexdigest())
             for entry in files.infolist()
         }
+
+
+def archived_contents(archive: bytes) -> dict[str, tuple[int, bytes]]:
+    """Return mode and content of each file in an archive."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        return {_name(entry): (entry.external_attr >> 16, files.read(entry)) for entry in files.infolist()}
+
+
+def _name(entry: zipfile.ZipInfo) -> str:
+    return os.fsdecode(entry.comment) if entry.comment else entry.filename
 
 
 def _digest(entries: Mapping[str, tuple[int, str]], *, imported: bool = False) -> str:
@@ -249,58 +303,6 @@ def _digest(entries: Mapping[str, tuple[int, str]], *, imported: bool = False) -
     for name in sorted(entries):
         # Beside the code of a package lies what it writes, logs and caches.
         is_counted = not imported or PurePosixPath(name).suffix in CODE
-        if name not in NOT_CODE and is_the_programs(name) == imported and is_counted:
+        if is_code(name, entries) and is_the_programs(name) == imported and is_counted:
             digest.update(json.dumps((name, *entries[name])).encode())
     return digest.hexdigest()
-
-
-def _listed(repository: git.Repo, kind: str) -> list[str]:
-    listed = repository.git.ls_files("-z", kind, "--exclude-standard", strip_newline_in_stdout=False)
-    return [name for name in listed.split("\0") if name]
-
-
-def _is_changed(repository: git.Repo) -> bool:
-    status = repository.git.status("-z", "--porcelain", "--no-renames", strip_newline_in_stdout=False)
-    changed = {entry[3:] for entry in status.split("\0") if entry}
-    return bool(changed - NOT_CODE)
-
-
-def _submodules(repository: git.Repo) -> dict[str, str]:
-    staged = repository.git.ls_files("-z", "--stage", strip_newline_in_stdout=False).split("\0")
-    entries = (entry.partition("\t") for entry in staged if entry.startswith(_SUBMODULE))
-    return {name: facts.split()[1] for facts, _, name in entries}
-
-
-def _patch(repository: git.Repo, withheld: list[str]) -> bytes:
-    root = Path(repository.working_dir)
-    texts = [name for name in _listed(repository, "--others") if name not in withheld and _is_small_text(root / name)]
-    base = "HEAD" if repository.head.is_valid() else repository.git.hash_object("-t", "tree", os.devnull)
-    # Whatever the user's settings say of diffs, `git apply` must understand this one.
-    form = ("--binary", "--full-index", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames")
-    prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
-    paths = [".", *(f":(exclude,literal){name}" for name in withheld)]
-    with tempfile.TemporaryDirectory() as scratch:
-        # In a copy of the index the untracked texts are announced; the user's stays as it is.
-        index, own = Path(scratch) / "index", Path(repository.git_dir) / "index"
-        if own.exists():
-            # With its time: by that git knows which files may have changed in the very second in which it was written.
-            shutil.copy2(own, index)
-        with repository.git.custom_environment(GIT_INDEX_FILE=str(index)):
-            if texts:
-                names = Path(scratch) / "names"
-                names.write_bytes(b"\0".join(map(os.fsencode, texts)))
-                with repository.git.custom_environment(GIT_LITERAL_PATHSPECS="1"):
-                    repository.git.add("--intent-to-add", f"--pathspec-from-file={names}", "--pathspec-file-nul")
-            patch: bytes = repository.git.diff(
-                base, *form, *prefixes, "--", *paths, stdout_as_string=False, strip_newline_in_stdout=False
-            )
-            return patch
-
-
-def _is_small_text(path: Path) -> bool:
-    if path.is_symlink():
-        return True
-    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
-        return False
-    with path.open("rb") as file:
-        return b"\0" not in file.read(_BEGINNING)

@@ -30,7 +30,7 @@ from sonosco_mlflow.tracking.active_run import SECONDS_FOR_THE_MONITOR, Activati
 from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
-from sonosco_mlflow.tracking.secrecy import without_credentials
+from sonosco_mlflow.tracking.secrecy import without_secrets
 from sonosco_mlflow.tracking.store import artifact_names, find_run
 from sonosco_mlflow.tracking.tags import (
     DATA_DIGEST,
@@ -109,7 +109,7 @@ class TrackedRun:
             # The launcher notes the address of the repository as it was given.
             given = activation.run.data.tags
             addresses = {key: given[key] for key in _ADDRESSES if key in given}
-            clean = {key: without_credentials(address) for key, address in addresses.items()}
+            clean = {key: without_secrets(address) for key, address in addresses.items()}
             run.set_tags({key: clean[key] for key in clean if clean[key] != addresses[key]})
         except BaseException as error:
             with suppress(Exception):

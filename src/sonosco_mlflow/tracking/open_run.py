@@ -21,6 +21,7 @@ from sonosco_mlflow.tracking.description import describe_run
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.recording import Recording
+from sonosco_mlflow.tracking.secrecy import without_secrets
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.training.interruption import LeaveAtOnce, deferred_interrupts
 
@@ -68,7 +69,7 @@ class OpenRun:
         segment = run.segment if is_open else run.segment + 1
         # The log of an earlier segment may lie on another machine.
         self._log = folder / ("console.log" if segment == 1 else f"console-{segment}.log")
-        self._resources.enter_context(console_log(self._log))
+        self._resources.enter_context(console_log(self._log, without_secrets))
 
     @property
     def is_open(self) -> bool:

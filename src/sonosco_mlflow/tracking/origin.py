@@ -17,7 +17,7 @@ from sonosco_mlflow.tracking.environment import Environment, describe_environmen
 from sonosco_mlflow.tracking.imported_code import is_installed
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.secrecy import without_credentials
+from sonosco_mlflow.tracking.secrecy import without_secrets
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
@@ -82,7 +82,7 @@ def _portable(argument: str, code: CodeSnapshot, program: str | None, folder: Pa
             return os.path.relpath(root / place, folder)
     if path.is_absolute() and path.is_relative_to(root):
         return os.path.relpath(path, folder)
-    return without_credentials(argument) if "://" in argument else argument
+    return without_secrets(argument)
 
 
 def _searched(code: CodeSnapshot) -> Iterator[str]:

@@ -21,9 +21,9 @@ from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import file_digest, unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
-from sonosco_mlflow.tracking.imported_code import IMPORTED
 from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.pipeline import borrow_settings
+from sonosco_mlflow.tracking.repository import repository_of
 from sonosco_mlflow.tracking.restoration import fetch_data, holds
 from sonosco_mlflow.tracking.segments import Segment
 
@@ -124,22 +124,25 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
 def _restore_code(segment: Segment, project: Path, tree: Path) -> None:
     unpack(segment.archive(), tree)
     facts = json.loads(segment.git())
+    repository = repository_of(project)
+    root = project if repository is None else Path(repository.working_dir)
     for name, (mode, digest) in facts["left_out"].items():
-        source = project / name
-        if name.startswith(f"{IMPORTED}/") and not source.is_file():
-            say(f"{name} was too large for the run's code snapshot; the run is made again without it")
-            continue
+        source = root / name
         if not source.is_file() or file_digest(source) != digest:
-            raise UserError(
-                f"{name} was too large for the run's code snapshot, and {source} is not that file (sha256 "
-                f"{digest[:12]}...); put it there"
+            # The run may never have looked at it.
+            say(
+                f"{name} was left out of the run's code snapshot, and {source} is not that file (sha256 "
+                f"{digest[:12]}...); the run is made again without it"
             )
+            continue
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, tree / name)
         (tree / name).chmod(stat.S_IMODE(mode))
-    with git.Repo.init(tree) as repository:
+    if repository is None:
+        return
+    with git.Repo.init(tree) as again:
         # By force: of what the run's repository tracked, some may match a pattern of what is to be ignored.
-        repository.git.add("--all", "--force")
+        again.git.add("--all", "--force")
 
 
 def _restore_data(segment: Segment, project: Path, place: Path, expected: str | None) -> bool:

@@ -1,17 +1,18 @@
-"""What must not leave the machine with a run: files that look like secrets, and credentials in addresses."""
+"""What must not leave the machine with a run: files that look like secrets, credentials, tokens."""
 
+import os
 import re
-from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 
 _NAMES = re.compile(
     r"""
-    \.env(\..+)? | .+\.env                                  # settings of services
+    \.env([.-].+)? | .+\.env | \.envrc                      # settings of services
     | .*\.(pem|key|p12|pfx|jks|keystore|ppk)                # keys and their stores
     | id_(rsa|dsa|ecdsa|ed25519).*                          # of ssh; the public half as well
-    | \.(netrc|pypirc|npmrc|pgpass|htpasswd|git-credentials)
+    | \.(netrc|pypirc|npmrc|pgpass|htpasswd|git-credentials|databrickscfg) | kaggle\.json
     # Not tokens.txt, which is a vocabulary.
-    | (.*[._-])?(credentials?|secrets?|token)(\.(json|ya?ml|toml|ini|txt|cfg))?
+    | (.*[._-])?(credentials?|secrets?|token|api[_-]?key)(\.(json|ya?ml|toml|ini|txt|cfg))?
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -24,34 +25,59 @@ _CONTENTS = re.compile(
     | \bgh[pousr]_[A-Za-z0-9]{36,} | \bgithub_pat_[A-Za-z0-9_]{40,}
     | \bglpat-[A-Za-z0-9_-]{20,}
     | \bhf_[A-Za-z0-9]{30,}
+    | \bsk-(proj|ant)-[A-Za-z0-9_-]{20,}                    # of language models' services
+    | \bdapi[0-9a-f]{32}\b                                  # of Databricks
     | \bxox[abprs]-[A-Za-z0-9-]{20,}
     """,
     re.VERBOSE,
 )
+# Of a remote, in the settings of DVC.
+_DVC = re.compile(rb"^\s*(password|secret_access_key|connection_string|account_key|sas_token)\s*=", re.MULTILINE)
+_VARIABLES = re.compile(r"TOKEN|SECRET|PASSW(OR)?D|PASSPHRASE|API_?KEY|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
+# What a shorter one says may stand anywhere by chance.
+_SHORTEST = 12
+_ADDRESS = re.compile(r"(\b[a-z][a-z0-9+.-]*://)([^/\s\"']*@)?([^\s?#\"']*)(\?[^\s#\"']*)?", re.IGNORECASE)
 # Keys and tokens stand in small files.
-_LARGEST = 1024 * 1024
+LARGEST_SECRET = 1024 * 1024
 
 
 def is_secret(path: Path) -> bool:
-    """Return whether the file at ``path`` looks like a secret, by its name or by a key or token in it."""
-    if _NAMES.fullmatch(path.name) and not _HARMLESS.fullmatch(path.name):
+    """Return whether the file at ``path`` looks like a secret: by its name, or by a key or token in it."""
+    if is_secrets_name(path):
         return True
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > _LARGEST:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_SECRET:
         return False
-    return _CONTENTS.search(path.read_bytes()) is not None
+    return holds_secret(path, path.read_bytes())
 
 
-def without_credentials(address: str) -> str:
-    """Return the address of a repository without user name, password and token.
+def is_secrets_name(path: PurePath) -> bool:
+    """Return whether a file of that name looks like a secret."""
+    return bool(_NAMES.fullmatch(path.name)) and not _HARMLESS.fullmatch(path.name)
 
-    >>> without_credentials("https://user:token@example.org/project.git")
-    'https://example.org/project.git'
-    >>> without_credentials("git@example.org:project.git")
+
+def holds_secret(path: PurePath, content: bytes) -> bool:
+    """Return whether there is a key or token in the content of the file at ``path``."""
+    if path.parts[-2:] == (".dvc", "config") and _DVC.search(content):
+        return True
+    return _CONTENTS.search(content) is not None or any(value.encode() in content for value in _secret_values())
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` without credentials in addresses, and without what the environment's secret variables hold.
+
+    >>> without_secrets("--remote=https://user:token@example.org/project.git?key=token")
+    '--remote=https://example.org/project.git'
+    >>> without_secrets("git@example.org:project.git")
     'git@example.org:project.git'
     """
-    parts = urlsplit(address)
-    if not parts.scheme:
-        return address
-    host = parts.netloc.rpartition("@")[2]
+    for value in _secret_values():
+        text = text.replace(value, "***")
     # Some services take a token in the query.
-    return urlunsplit(parts._replace(netloc=host, query=""))
+    return _ADDRESS.sub(lambda found: found[1] + found[3], text) if "://" in text else text
+
+
+def _secret_values() -> Iterator[str]:
+    for name, value in os.environ.items():
+        # Some name a file that holds it.
+        if len(value) >= _SHORTEST and _VARIABLES.search(name) and not value.startswith((os.sep, "~")):
+            yield value

@@ -19,6 +19,7 @@ from mlflow.protos import databricks_pb2
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.pipeline import locked
+from sonosco_mlflow.tracking.secrecy import without_secrets
 
 
 def connect(project: Path) -> None:
@@ -92,11 +93,16 @@ def find_run(run_id: str) -> Run:
         return client.get_run(run_id)
     except MlflowException as error:
         if is_away(error):
-            raise UserError(f"the tracking store {mlflow.get_tracking_uri()} does not answer: {error}") from error
+            raise UserError(f"the tracking store {_address()} does not answer: {error}") from error
         raise UserError(
-            f"run '{run_id}' is not in the tracking store {mlflow.get_tracking_uri()}; "
+            f"run '{run_id}' is not in the tracking store {_address()}; "
             "`mlflow runs list --experiment-id 0` lists runs, MLFLOW_TRACKING_URI names another store"
         ) from error
+
+
+def _address() -> str:
+    """Return where the tracking store is, for a message."""
+    return without_secrets(mlflow.get_tracking_uri())
 
 
 def experiment_name(run: Run) -> str:
