@@ -17,9 +17,14 @@ from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.difference_report import difference_page, difference_text
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.reproduction import reproduce
+from sonosco_mlflow.runs import resume
 from sonosco_mlflow.tracking import origin as origin_module
 from sonosco_mlflow.tracking.difference import Difference, difference_of
 from sonosco_mlflow.tracking.environment import Environment, describe_environment
+from sonosco_mlflow.tracking.rebuilt import Rebuilt
+from sonosco_mlflow.tracking.store import find_run, search_runs
+from sonosco_mlflow.tracking.verification import verify_run
 
 pytestmark = pytest.mark.usefixtures("module_store")
 
@@ -73,6 +78,27 @@ def test_another_recipe_is_the_likely_cause(first: str, tone_manifest: Manifest,
     assert losses.last[0] != losses.last[1]
     assert None not in losses.lowest
     assert f"{losses.last[0]:.6g}" in text
+
+
+def test_more_epochs_are_named_and_an_extended_run_is_what_it_says(
+    module_store: str, tone_manifest: Manifest, project: Path
+) -> None:
+    def experiment(epochs: int) -> Experiment:
+        return Experiment.create({"size": 1, "training": {"epochs": epochs}}, project=project, name="toy")
+
+    two = train(experiment(2), toy_trainer(tone_manifest))
+    three = train(experiment(3), toy_trainer(tone_manifest, epochs=3))
+    end = two.history.curve("val_loss")[0][-1]
+    found = compare(two.run.id, three, project)
+    assert found.cause == (
+        f"one went further (training.epochs was 2, is 3); up to step {end} nothing differs, to the last bit"
+    )
+    settings = {"size": 1, "training": {"epochs": 3}}
+    extended = go_on(two.run.id, toy_trainer(tone_manifest, epochs=3), project, config=settings)
+    assert verify_run(extended.run.id).findings == ()
+    again = compare(three.run.id, extended, project)
+    assert again.comparison.partings == ()
+    assert again.same_weights
 
 
 def test_other_code_is_shown_line_by_line(first: str, tone_manifest: Manifest, project: Path, code: Path) -> None:
@@ -133,12 +159,38 @@ def test_a_run_that_took_another_way_says_where(tone_manifest: Manifest, project
     unfinished = compare(first, stopped, project)
     assert unfinished.same_weights is None
     assert "only the original has" in str(unfinished.comparison.first)
+    assert unfinished.cause == (
+        f"one went further (run {stopped.run.id} is interrupted); up to step 5 nothing differs, to the last bit"
+    )
     code.write_text("x = 3\n")
     other = go_on(stopped.run.id, toy_trainer(tone_manifest), project, allowed_changes=["code"])
     found = compare(first, other, project)
     assert found.branches == (f"run {other.run.id} went on otherwise in segment 2, after step-00000005 (code changed)",)
     assert found.branches[0] in difference_text(found)
     assert found.branches[0] in difference_page(found)
+
+
+def test_a_run_of_a_program_of_its_own_is_no_recipe(first: str, project: Path) -> None:
+    with pytest.raises(UserError, match=rf'there Experiment.resume\("{first}"\) continues it'):
+        resume(first, project)
+
+
+def test_no_reproduction_goes_beyond_the_end(first: str, project: Path) -> None:
+    with pytest.raises(UserError, match=r"came to step 12: --until-step 13 has nothing to be compared with"):
+        reproduce(first, project, until_step=13)
+
+
+def test_a_reproduction_that_cannot_begin_has_failed(
+    first: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process ends before it has opened the run."""
+    monkeypatch.setattr(Rebuilt, "canary", lambda self: self.environment.system["canary"])
+    monkeypatch.setattr(Rebuilt, "run", lambda *_: 1)
+    with pytest.raises(UserError, match="ended with status 1"):
+        reproduce(first, project, environment_manager="local")
+    condition = f"tags.`sonosco.reproduces` = '{first}'"
+    (made,) = search_runs([find_run(first).info.experiment_id], condition)
+    assert (made.data.tags["sonosco.state"], made.info.status) == ("failed", "FAILED")
 
 
 class Balanced(HTMLParser):

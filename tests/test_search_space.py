@@ -22,6 +22,20 @@ def test_choices_and_ranges() -> None:
         assert config.optimizer.lr == values["optimizer.lr"], "to the last bit"
 
 
+def test_between_two_whole_numbers_lie_fractions_where_the_key_takes_them() -> None:
+    dimensions = [
+        "optimizer.momentum=0..1",
+        "optimizer.lr=1..9:log",
+        "training.seed=0..1",
+        "model.settings.layers=1..3",
+    ]
+    space = read_space(dimensions)
+    assert [type(varied).__name__.removesuffix("Distribution") for varied in space.values()] == [
+        *("Float", "Float", "Int", "Int")
+    ]
+    assert draw(space, 0, seed=0)["optimizer.momentum"] not in {0, 1}
+
+
 def test_a_draw_follows_from_its_number_and_the_seed_alone() -> None:
     space = read_space(["optimizer.lr=0.1..0.9", "training.seed=0..1000000"])
     drawn = [draw(space, number, seed=3) for number in range(5)]

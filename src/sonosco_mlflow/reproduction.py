@@ -15,7 +15,7 @@ from pathlib import Path
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.changes import input_changes
 from sonosco_mlflow.tracking.child_runs import new_run
-from sonosco_mlflow.tracking.comparison import Comparison, compare_runs
+from sonosco_mlflow.tracking.comparison import Comparison, compare_runs, last_step
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.rebuilt import ENVIRONMENT_MANAGERS, Rebuilt, rebuild
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
@@ -79,6 +79,10 @@ class Certificate:
             f"- weights, optimizer and all other state: {checkpoints}",
             *(f"- {name}" for name in found.hypotheses),
         ]
+        if found.remade:
+            lines.append(
+                f"- of {', '.join(found.remade)} the states; the objects have other parameters, such as epochs"
+            )
         if found.first is not None:
             lines += ["", f"They part at step {found.first.step}: {found.first.what}."]
             lines += ["", *(f"- {name}: {how}" for name, how in self.inputs.items())]
@@ -117,13 +121,23 @@ def reproduce(
             f"run {run_id} is {run.data.tags.get(STATE)}, not finished: continue it by `sonosco resume {run_id}`, or "
             "make it again as far as it came by --until-step"
         )
+    reached = last_step(run_id)
+    if until_step is not None and until_step > reached:
+        raise UserError(
+            f"run {run_id} came to step {reached}: --until-step {until_step} has nothing to be compared with"
+        )
     _require_one_way(newest_segment(run), until_step)
     first = Segment(run_id)
     with tempfile.TemporaryDirectory(prefix="sonosco-reproduce-") as scratch:
         rebuilt = rebuild(first, project, Path(scratch), environment_manager, run.data.tags.get(DATA_DIGEST))
         _require_same_arithmetic(rebuilt, allowed=allow_numerics_change)
         again = new_run(run.info.experiment_id, {REPRODUCES: run_id, KIND: "train", STATE: "running"}, run_id)
-        _train(rebuilt, again, until_step)
+        try:
+            _train(rebuilt, again, until_step)
+        except BaseException as error:
+            # Of a process that did not come to opening its run nobody else would tell.
+            TrackedRun(find_run(again)).abandon(error)
+            raise
     made = find_run(again)
     certificate = Certificate(
         original=run_id,

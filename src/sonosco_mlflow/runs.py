@@ -35,7 +35,7 @@ from sonosco_mlflow.tracking.readiness import require_current
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.tracking.secrecy import without_secrets
-from sonosco_mlflow.tracking.segments import newest_segment
+from sonosco_mlflow.tracking.segments import Segment, newest_segment
 from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
 from sonosco_mlflow.training.callbacks.interrupt_at import InterruptAt
@@ -120,7 +120,7 @@ def resume(
     connect(project)
     run = find_run(run_id)
     tracked = TrackedRun.find(run)
-    recorded = Config.resolve(newest_segment(run).settings(), {}, origin=f"run {run_id}")
+    recorded = _recipe_of(newest_segment(run))
     config = Config.resolve(recorded.model_dump(mode="json"), overrides or {}, origin=f"run {run_id}")
     if run.data.tags.get(STATE) == "finished" and config.training.epochs == recorded.training.epochs:
         print(f"run {run_id} is finished; there is nothing to do, unless with --set training.epochs=...")
@@ -234,7 +234,7 @@ def evaluate(
         name = f"evaluate-{split}-of-{parent.info.run_id[:6]}"
         with TrackedRun.open(experiment_name(parent), "evaluate", name) as run:
             run.make_child_of(parent.info.run_id)
-            config = Config.resolve(newest_segment(parent).settings(), {}, origin=f"run {run_id}")
+            config = _recipe_of(newest_segment(parent))
             determinism.configure(config.training.threads)
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
             lineage = DataLineage.of_folder(folder)
@@ -304,6 +304,20 @@ def report(outcome: Outcome) -> str:
             f"see it:  mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"see it:  {uri}",
         ]
     )
+
+
+def _recipe_of(newest: Segment) -> Config:
+    """Return the recipe that a training run goes on with.
+
+    Raises:
+        UserError: it trains none.
+    """
+    if not newest.trains_recipe:
+        raise UserError(
+            f"run {newest.run_id} trains no recipe, but what a program of its own sets up: there "
+            f'Experiment.resume("{newest.run_id}") continues it'
+        )
+    return Config.resolve(newest.settings(), {}, origin=f"run {newest.run_id}")
 
 
 def _require_same_data(lineage: DataLineage, run_id: str, expected: str | None) -> None:

@@ -42,7 +42,7 @@ def read_space(dimensions: Iterable[str]) -> Space:
             raise UserError(f"--over {dimension}: expected key=first,second,... or key=low..high")
         if key in space:
             raise UserError(f"--over {dimension}: {key} is varied twice")
-        space[key] = _range(dimension, text) if _RANGE.fullmatch(text) else _choices(dimension, text)
+        space[key] = _range(dimension, key, text) if _RANGE.fullmatch(text) else _choices(dimension, text)
     if not space:
         raise UserError("a sweep varies something: --over optimizer.lr=1e-4,1e-3")
     return space
@@ -107,13 +107,25 @@ def as_text(value: object) -> str:
     return value if read == value or isinstance(read, list | dict) else json.dumps(value)
 
 
-def _range(dimension: str, text: str) -> BaseDistribution:
+def _takes_fractions(key: str) -> bool:
+    """Return whether a key of the recipe takes any number between two whole ones."""
+    if key.startswith("model.settings."):
+        # Most are sizes; which are not, is said by the model alone.
+        return False
+    try:
+        Config.resolve({}, {key: "0.5"})
+    except UserError:
+        return False
+    return True
+
+
+def _range(dimension: str, key: str, text: str) -> BaseDistribution:
     log = text.endswith(_LOGARITHMIC)
     low, _, high = text.removesuffix(_LOGARITHMIC).partition("..")
     first, last = _yaml(dimension, low), _yaml(dimension, high)
     try:
         match first, last:
-            case int(), int():
+            case int(), int() if not _takes_fractions(key):
                 return IntDistribution(first, last, log=log)
             case int() | float(), int() | float():
                 return FloatDistribution(first, last, log=log)

@@ -146,6 +146,8 @@ def test_what_cannot_be_made_again_is_refused_before_anything_runs(world: Projec
     assert "run 'nonsense' is not in the tracking store" in said
     said = world.run([*SONOSCO, "reproduce", original, "--env-manager", "conda"], 1)
     assert "env-manager is 'conda', expected uv or local" in said
+    said = reproduce(world, original, "--until-step", "99999", status=1)
+    assert "--until-step 99999 has nothing to be compared with" in said
     system = Path(world.client.get_run(original).info.artifact_uri) / "environment" / "system.json"
     text = system.read_text()
     try:

@@ -23,13 +23,14 @@ def make_run(
     rows: Mapping[int, Mapping[str, float]],
     states: Mapping[int, Mapping[str, Any]] | None = None,
     hypotheses: list[dict[str, object]] | None = None,
+    epochs: int = 2,
 ) -> str:
     with TrackedRun.open("Default", "train") as run:
         run.log_rows([Row(step, step, 1000 + step, dict(metrics)) for step, metrics in rows.items()])
         names = frozenset(f"step-{step:08d}" for step in states or {})
         for step, state in (states or {}).items():
             parts = {"model": {}, "optimizer": {}, "trainer": {}, **state}
-            path = write_checkpoint(folder / run.id, Snapshot.take({"class": "x"}, parts, step))
+            path = write_checkpoint(folder / run.id, Snapshot.take({"class": "x", "epochs": epochs}, parts, step))
             upload_checkpoint(run, path, names)
         if hypotheses is not None:
             run.log_table(hypotheses, "evaluation/test_hypotheses.json")
@@ -94,6 +95,32 @@ def test_whatever_differs_in_a_state_is_found(tmp_path: Path, state: dict[str, A
     one, two = make_run(tmp_path, {}, {2: model(1.0)}), make_run(tmp_path, {}, {2: state})
     (parting,) = compare_runs(one, two).partings
     assert parting.what.endswith(what)
+
+
+def test_objects_of_other_parameters_with_the_same_state_part_no_runs(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path, {}, {2: model(1.0)}), make_run(tmp_path, {}, {2: model(1.0)}, epochs=3)
+    found = compare_runs(one, two)
+    assert (found.partings, found.remade) == ((), ("step-00000002",))
+    other = make_run(tmp_path, {}, {2: model(1.5)}, epochs=3)
+    found = compare_runs(one, other)
+    assert [parting.what for parting in found.partings] == [
+        "step-00000002/model.safetensors: weight, largest difference 0.5"
+    ]
+    assert found.remade == ()
+
+
+def test_what_one_has_at_its_end_the_other_goes_beyond_without(tmp_path: Path) -> None:
+    short = make_run(tmp_path, {1: {"a": 1.0}, 2: {"a": 1.0, "test_loss": 1.0}}, None, HYPOTHESES)
+    longer = make_run(tmp_path, {1: {"a": 1.0}, 2: {"a": 1.0}, 3: {"a": 1.0, "test_loss": 2.0}}, None, HYPOTHESES[:1])
+    found = compare_runs(short, longer)
+    assert found.reached == (2, 3)
+    assert found.partings == (Parting(3, "only the other has a"), Parting(3, "only the other has test_loss"))
+    assert found.hypotheses == ()
+    assert compare_runs(longer, short).partings[0] == Parting(3, "only the original has a")
+    rows = {1: {"a": 1.0}, 2: {"a": 1.0, "test_loss": 9.0}}
+    assert compare_runs(short, make_run(tmp_path, rows)).first == Parting(2, "test_loss was 1.0, is 9.0")
+    lacking = make_run(tmp_path, {1: {"a": 1.0}, 2: {"a": 1.0}})
+    assert compare_runs(short, lacking).first == Parting(2, "only the original has test_loss"), "it ended there as well"
 
 
 def test_a_broken_checkpoint_is_no_difference_but_an_error(tmp_path: Path) -> None:

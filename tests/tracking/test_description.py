@@ -1,5 +1,6 @@
 """What a run says of itself, in the UI and in the terminal."""
 
+from functools import partialmethod
 from pathlib import Path
 
 import mlflow
@@ -11,6 +12,7 @@ from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.tracking.description import RunLine, describe_run, list_trainings
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.training.callbacks import Callback
 from sonosco_mlflow.training.trainer import ModelTrainer
@@ -45,7 +47,8 @@ def test_a_finished_run_says_what_it_is_and_how_to_make_it_again(tone_manifest: 
     assert f"| test_word_error_rate | {metrics['test_word_error_rate']:.4g} |" in said
     assert "| train | 20 |" in said
     assert f"sonosco reproduce {run_id}" in said
-    assert f"sonosco resume {run_id} --set training.epochs=..." in said
+    assert f'Experiment.resume("{run_id}")    # in the program that began it, with more epochs' in said
+    assert "sonosco resume" not in said
     assert "seconds" not in said
     assert ", took 0:0" in said
     assert describe_run(find_run(run_id)) == said
@@ -56,7 +59,7 @@ def test_a_run_that_was_continued_with_a_change_says_so(tone_manifest: Manifest,
     said = note(run_id)
     assert "is interrupted" in said
     assert "kept up to step 5" in said
-    assert f"sonosco resume {run_id}  " in said
+    assert f'Experiment.resume("{run_id}")    # in the program that began it, should it not' in said
     go_on(run_id, toy_trainer(tone_manifest), project, config={"size": 2}, allowed_changes=["config"])
     assert "in 2 segments (changed: config)" in note(run_id)
 
@@ -102,10 +105,29 @@ def test_a_run_whose_process_is_gone_is_seen_to_have_vanished(
     said = capsys.readouterr().out
     assert "is vanished" in said
     assert "showed life last at 20" in said
-    assert f"sonosco resume {run_id}" in said
+    assert f'Experiment.resume("{run_id}")' in said
     overview.show_runs(project)
     (row,) = [row for row in capsys.readouterr().out.splitlines() if run_id in row]
     assert row.split()[:3] == [run_id, f"toy-{run_id[:6]}", "vanished"]
+
+
+def test_the_list_has_all_runs_however_many_the_store_gives_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {line.run_id for line in list_trainings()}
+    made = set()
+    for _ in range(5):
+        with TrackedRun.open("Default", "train") as run:
+            made.add(run.id)
+    few = partialmethod(mlflow.MlflowClient.search_runs, max_results=2)
+    monkeypatch.setattr(mlflow.MlflowClient, "search_runs", few)
+    assert {line.run_id for line in list_trainings()} == before | made
+
+
+def test_an_evaluation_is_not_offered_to_be_continued() -> None:
+    with TrackedRun.open("Default", "evaluate") as run:
+        pass
+    said = describe_run(find_run(run.id))
+    assert "is finished" in said
+    assert "sonosco" not in said
 
 
 def test_what_is_no_run_is_said(project: Path) -> None:

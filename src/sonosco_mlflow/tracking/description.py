@@ -15,6 +15,7 @@ from sonosco_mlflow.tracking.lease import VANISHED, condition
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import PARAMETER_PREFIX
 from sonosco_mlflow.tracking.segments import newest_segment
+from sonosco_mlflow.tracking.store import search_runs
 from sonosco_mlflow.tracking.tags import (
     ALLOWED_CHANGES,
     CHECKPOINT,
@@ -87,10 +88,9 @@ def describe_run(run: Run) -> str:
 
 def list_trainings() -> list[RunLine]:
     """Return the trainings of all experiments, the newest first."""
-    client = mlflow.MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`{KIND}` = 'train'", order_by=["attributes.start_time DESC"])
-    return [RunLine.of(run) for run in runs]
+    experiments = [experiment.experiment_id for experiment in mlflow.MlflowClient().search_experiments()]
+    newest_first = ["attributes.start_time DESC"]
+    return [RunLine.of(run) for run in search_runs(experiments, f"tags.`{KIND}` = 'train'", newest_first)]
 
 
 def _headline(run: Run, line: RunLine) -> str:
@@ -148,6 +148,14 @@ def _results(run: Run) -> str:
     return f"| metric, last | value |\n|---|---|\n{rows}"
 
 
+def _trains_recipe(run: Run) -> bool:
+    try:
+        return newest_segment(run).trains_recipe
+    except UserError:
+        # It was killed before it told how it was started.
+        return True
+
+
 def _data(run: Run) -> str:
     try:
         return DataLineage.read(newest_segment(run).lineage()).to_markdown()
@@ -157,13 +165,22 @@ def _data(run: Run) -> str:
 
 
 def _commands(run: Run, state: str) -> str:
+    if run.data.tags.get(KIND) != "train":
+        return ""
     run_id = run.info.run_id
-    if state == "finished":
-        commands = [
-            f"sonosco reproduce {run_id}    # train it again, and compare every bit",
-            f"sonosco evaluate {run_id}     # derive its test numbers again",
-            f"sonosco resume {run_id} --set training.epochs=...    # more epochs",
-        ]
-    else:
-        commands = [f"sonosco resume {run_id}    # should it not be running any more"]
+    reproduce = f"sonosco reproduce {run_id}    # train it again, and compare every bit"
+    resume = f'Experiment.resume("{run_id}")    # in the program that began it'
+    match state == "finished", _trains_recipe(run):
+        case True, True:
+            commands = [
+                reproduce,
+                f"sonosco evaluate {run_id}     # derive its test numbers again",
+                f"sonosco resume {run_id} --set training.epochs=...    # more epochs",
+            ]
+        case True, False:
+            commands = [reproduce, f"{resume}, with more epochs"]
+        case False, True:
+            commands = [f"sonosco resume {run_id}    # should it not be running any more"]
+        case _:
+            commands = [f"{resume}, should it not be running any more"]
     return "".join(f"    {command}\n" for command in commands)

@@ -64,6 +64,12 @@ class Difference:
         """The likeliest cause of what differs, in a sentence."""
         first = self.comparison.first
         able = [change for change in self.changes if change.matters]
+        shorter = min(self.comparison.reached)
+        if first is not None and first.step > shorter:
+            reasons = [line for change in self.changes for line in change.what if line.startswith("training.epochs ")]
+            reasons += [f"run {run.run_id} is {run.state}" for run in self.runs if run.state != "finished"]
+            why = f" ({', '.join(reasons)})" if reasons else ""
+            return f"one went further{why}; up to step {shorter} nothing differs, to the last bit"
         if first is None:
             idle = ", ".join(change.name for change in self.changes)
             made = f"; what differs in their inputs ({idle}) made no difference" if idle else ""

@@ -123,6 +123,15 @@ class Segment:
         """Return how it was started, as JSON."""
         return self._kept("code/command.json").decode()
 
+    @property
+    def trains_recipe(self) -> bool:
+        """Whether ``sonosco`` trains a recipe in it; else it is a program of the user's that sets up its trainer.
+
+        Raises:
+            UserError: it has not kept how it was started.
+        """
+        return bool(json.loads(self.command())["trains_recipe"])
+
     def environment(self) -> Environment:
         """Return what it ran in."""
         system = json.loads(self._kept("environment/system.json"))
@@ -179,6 +188,17 @@ def newest_segment(run: Run) -> Segment:
             record = artifact_bytes(run_id, f"{folder}{RECORD}")
             return Segment(run_id, number, _branches(record, f"runs:/{run_id}/{folder}{RECORD}"))
     return Segment(run_id)
+
+
+def steps_gone_on_from(run: Run) -> frozenset[int]:
+    """Return the optimizer steps of the checkpoints that later segments of a run began from."""
+    run_id, found = str(run.info.run_id), set()
+    for number in range(2, int(run.data.tags.get(SEGMENTS, "1")) + 1):
+        folder = Segment(run_id, number).folder
+        if RECORD in artifact_names(run_id, folder.rstrip("/")):
+            position = position_of(json.loads(artifact_bytes(run_id, f"{folder}{RECORD}"))["checkpoint"] or "")
+            found |= set() if position is None else {position[0]}
+    return frozenset(found)
 
 
 def _branches(record: bytes, place: str) -> tuple[Branch, ...]:

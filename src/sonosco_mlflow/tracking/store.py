@@ -105,6 +105,19 @@ def _address() -> str:
     return without_secrets(mlflow.get_tracking_uri())
 
 
+def search_runs(experiments: list[str], condition: str, order_by: list[str] | None = None) -> list[Run]:
+    """Return all runs of experiments that meet a condition, however many there are."""
+    client = mlflow.MlflowClient()
+    found: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(experiments, condition, order_by=order_by, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
 def experiment_name(run: Run) -> str:
     """Return the name of the MLflow experiment that ``run`` belongs to."""
     name: str = mlflow.get_experiment(run.info.experiment_id).name

@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from mlflow.entities import Run
+
 from sonosco_mlflow.config import settings_digest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, position_of
 from sonosco_mlflow.tracking.code_snapshot import archive_digest
+from sonosco_mlflow.tracking.comparison import AT_END
 from sonosco_mlflow.tracking.journal import JOURNAL, read_rows, storable
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import Entry, Ledger, stored_files
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import metric_records
-from sonosco_mlflow.tracking.segments import Segment, newest_segment
+from sonosco_mlflow.tracking.segments import Segment, newest_segment, steps_gone_on_from
 from sonosco_mlflow.tracking.store import artifact_bytes, download, find_run
 from sonosco_mlflow.tracking.tags import (
     CHECKPOINT,
@@ -91,7 +94,7 @@ def verify_run(run_id: str) -> Verification:
     if tags.get(KIND) == "train":
         segment = newest_segment(run)
         findings += _against_tags(segment, tags, checkpoints, stored)
-        rows, differing = _against_journal(segment, complete=tags.get(STATE) == "finished")
+        rows, differing = _against_journal(segment, run, complete=tags.get(STATE) == "finished")
         findings += differing
     unique = tuple(dict.fromkeys(findings))
     size = sum(entry.bytes for entry in stored.values())
@@ -174,7 +177,7 @@ def _origin(segment: Segment) -> dict[str, Callable[[], str]]:
     }
 
 
-def _against_journal(segment: Segment, *, complete: bool) -> tuple[int, list[Finding]]:
+def _against_journal(segment: Segment, run: Run, *, complete: bool) -> tuple[int, list[Finding]]:
     """Compare MLflow's metric rows with the journal's; where that is ``complete``, both must have all of them."""
     records = metric_records(segment.run_id)
     try:
@@ -185,11 +188,15 @@ def _against_journal(segment: Segment, *, complete: bool) -> tuple[int, list[Fin
     written = {(name, row.step): storable(value) for row in rows for name, value in row.metrics.items()}
     # Of steps that were made twice, the second time with a change that was allowed, MLflow keeps the first rows.
     left_way = segment.differs_until
+    gone_on_from = steps_gone_on_from(run)
     findings = []
     for name, step in sorted({**written, **records}, key=lambda key: (key[1], key[0])):
         expected, found = written.get((name, step)), records.get((name, step))
         if found is None:
             findings.append(Finding(f"metric {name} at step {step}", "missing, though the journal has it"))
+        elif expected is None and name.startswith(AT_END) and step in gone_on_from:
+            # The run was at its end there, and was given more epochs.
+            continue
         elif expected is None and complete and step > left_way:
             findings.append(Finding(f"metric {name} at step {step}", "not recorded: the journal lacks it"))
         elif expected is not None and found.value.hex() != expected.hex() and step > left_way:
