@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import soundfile
 import torch
 
 from experiments import go_on, new_project, run_experiment, toy_trainer, train
@@ -154,6 +155,30 @@ def test_other_data_environment_and_arithmetic_are_each_named(
     assert named["numerics"] == "threads was 1, is 2"
 
 
+def test_one_sample_of_a_recording_that_dvc_does_not_know_is_named(
+    first: str, tone_manifest: Manifest, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = mlflow.get_run(first).inputs.dataset_inputs
+    assert {item.dataset.name for item in inputs} == {"train", "dev", "test"}
+    shutil.copytree(tone_manifest.root, tmp_path / "tones")
+    manifest = Manifest(tone_manifest, tmp_path / "tones")
+    capsys.readouterr()
+    same = run_experiment(toy_trainer(manifest), project)
+    assert "DVC does not version this data" in capsys.readouterr().err
+    assert compare(first, same, project).changes == ()
+    path = manifest.audio_path(manifest[3])
+    samples, rate = soundfile.read(path, dtype="int16")
+    samples[100] += 1
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+    found = compare(first, run_experiment(toy_trainer(manifest), project), project)
+    names = "the dev recordings, the test recordings, the train recordings"
+    assert found.cause == f"data: {names}"
+    stopped = run_experiment(toy_trainer(manifest, stop_at=4), project)
+    shutil.copyfile(tone_manifest.audio_path(tone_manifest[3]), path)
+    with pytest.raises(UserError, match=f"data: {names}"):
+        go_on(stopped.run.id, toy_trainer(manifest), project)
+
+
 def test_a_run_that_took_another_way_says_where(tone_manifest: Manifest, project: Path, code: Path, first: str) -> None:
     stopped = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
     unfinished = compare(first, stopped, project)
@@ -184,7 +209,7 @@ def test_a_reproduction_that_cannot_begin_has_failed(
     first: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its process ends before it has opened the run."""
-    monkeypatch.setattr(Rebuilt, "canary", lambda self: self.environment.system["canary"])
+    monkeypatch.setattr(Rebuilt, "canary", lambda self, device: self.environment.system["canary"])
     monkeypatch.setattr(Rebuilt, "run", lambda *_: 1)
     with pytest.raises(UserError, match="ended with status 1"):
         reproduce(first, project, environment_manager="local")

@@ -221,8 +221,8 @@ class Experiment:
         self._test_loader = test_loader
         self._registered_model = registered_model
         lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
-        provenance = Provenance(self.origin, lineage)
         digests = {**self.origin.digests, **data_digests(trainer, lineage)}
+        provenance = Provenance(self.origin, lineage, digests["canary"])
         self.history = _own(trainer, History) or self.history
         if self.history not in trainer.callbacks:
             trainer.callbacks.insert(0, self.history)

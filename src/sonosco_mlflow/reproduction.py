@@ -20,7 +20,7 @@ from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.rebuilt import ENVIRONMENT_MANAGERS, Rebuilt, rebuild
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
 from sonosco_mlflow.tracking.store import connect, find_run
-from sonosco_mlflow.tracking.tags import DATA_DIGEST, KIND, REPRODUCED, REPRODUCED_BY, REPRODUCES, STATE
+from sonosco_mlflow.tracking.tags import CANARY, DATA_DIGEST, KIND, REPRODUCED, REPRODUCED_BY, REPRODUCES, STATE
 
 _STOPPED = 130
 
@@ -130,7 +130,10 @@ def reproduce(
     first = Segment(run_id)
     with tempfile.TemporaryDirectory(prefix="sonosco-reproduce-") as scratch:
         rebuilt = rebuild(first, project, Path(scratch), environment_manager, run.data.tags.get(DATA_DIGEST))
-        _require_same_arithmetic(rebuilt, allowed=allow_numerics_change)
+        device = str(first.settings()["training"]["device"]) if rebuilt.command.trains_recipe else "cpu"
+        kept = str(rebuilt.environment.system["canary"])
+        expected = kept if device == "cpu" else run.data.tags.get(CANARY, kept)
+        _require_same_arithmetic(rebuilt, device, expected, allowed=allow_numerics_change)
         again = new_run(run.info.experiment_id, {REPRODUCES: run_id, KIND: "train", STATE: "running"}, run_id)
         try:
             _train(rebuilt, again, until_step)
@@ -164,11 +167,11 @@ def _require_one_way(newest: Segment, until_step: int | None) -> None:
             )
 
 
-def _require_same_arithmetic(rebuilt: Rebuilt, *, allowed: bool) -> None:
-    expected, found = rebuilt.environment.system["canary"], rebuilt.canary()
+def _require_same_arithmetic(rebuilt: Rebuilt, device: str, expected: str, *, allowed: bool) -> None:
+    found = rebuilt.canary(device)
     if found != expected and not allowed:
         raise UserError(
-            f"the same operations give other bits here (canary {found[:12]}, the run's {str(expected)[:12]}; it ran on "
+            f"the same operations give other bits here (canary {found[:12]}, the run's {expected[:12]}; it ran on "
             f"{rebuilt.environment.system['processor']}); --allow-numerics-change makes it again all the same, to see "
             "where the two part"
         )

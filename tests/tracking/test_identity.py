@@ -173,6 +173,14 @@ def test_a_split_that_came_is_a_difference_too() -> None:
     assert data_difference(LINEAGE.to_json(), other.to_json()) == "the test manifest (dddddddddddd, was none)"
 
 
+def test_a_distribution_that_nothing_names_is_compared_where_both_have_it() -> None:
+    name = "distribution:einops"
+    with pytest.raises(UserError, match=r"distribution:einops: was 0\.7, is 0\.8\n.*--allow-environment-change"):
+        check_identity("run", {name: "0.7"}, {name: "0.8"}, frozenset(), {})
+    assert check_identity("run", {name: "0.7"}, {}, frozenset(), {}) == {}
+    assert check_identity("run", {name: "0.7"}, {name: "0.8"}, frozenset({"environment"}), {}) == {name: ("0.7", "0.8")}
+
+
 def test_what_a_run_kept_can_be_told_apart_from_the_recipe_alone(code: CodeSnapshot) -> None:
     command = Command(("program.py",), ".", (), trains_recipe=False)
     origin = Origin(code, ENVIRONMENT, {"training": {"epochs": 2}, "optimizer": {"lr": 0.1}}, command)

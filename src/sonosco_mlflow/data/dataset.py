@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sonosco_mlflow.data.augment import Augmentation
-from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
+from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore, files_digest
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.processor import AudioDataProcessor
 from sonosco_mlflow.determinism import random_stream
@@ -87,6 +87,13 @@ class AudioDataset:
             self.seed,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def content_digest(self) -> str:
+        """Hexadecimal sha256 of what its features are read from: the store, or else the recordings."""
+        if self.store is not None:
+            return self.store.digest
+        return files_digest(self.manifest.audio_path(utterance) for utterance in self.manifest)
 
     def __getitem__(self, position: int) -> Sample:
         """Return the utterance at ``position`` without augmentation."""

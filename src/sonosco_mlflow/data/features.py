@@ -10,12 +10,13 @@ in which shard follows from the durations in the manifest alone, so that the byt
 processes that made them.
 """
 
+import hashlib
 import json
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -156,6 +157,12 @@ class FeatureStore:
         for shard in range(1 + max(location.shard for location in self._locations.values())):
             yield self._open(shard)
 
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal sha256 over all its files."""
+        shards = range(1 + max((location.shard for location in self._locations.values()), default=-1))
+        return files_digest(self.directory / name for name in (INDEX, *map(shard_name, shards)))
+
     def _open_shard(self, shard: int) -> npt.NDArray[np.floating[Any]]:
         mapped: npt.NDArray[np.floating[Any]] = np.load(self.directory / shard_name(shard), mmap_mode="c")
         return mapped
@@ -173,6 +180,15 @@ class FeatureStore:
         except FileNotFoundError as error:
             raise UserError(f"{path}: no features here; `dvc repro features` makes them") from error
         return locations
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Return the hexadecimal sha256 over the contents of files, in their order; where they lie does not count."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def shard_name(shard: int) -> str:

@@ -76,7 +76,9 @@ def input_changes(
         if all(its_tags.get(tag) == others_tags.get(tag) for tag in tags):
             continue
         try:
-            changes.append(make())
+            found = make()
+            # Of software alone the digest says more than there is to tell.
+            changes += [found] if found.what else []
         except UserError as error:
             # A run that was killed as it began has not kept what it would be compared with.
             changes.append(Change(name, (f"it is another one; how it differs is not known ({error})",)))
@@ -115,7 +117,10 @@ def data_changes(recorded: str, present: str) -> list[str]:
         f"the {split} manifest ({now.get(split, 'none')[:12]}, was {was.get(split, 'none')[:12]})"
         for split in _unequal(was, now)
     ]
-    return parts + [f"{path} of DVC" for path in _unequal(before["dvc"], here["dvc"])]
+    parts += [f"{path} of DVC" for path in _unequal(before["dvc"], here["dvc"])]
+    own, others = before.get("contents", {}), here.get("contents", {})
+    # Where DVC versions one of the two, there is nothing to compare.
+    return parts + [f"the {split} recordings" for split in _unequal(own, others) if split in own and split in others]
 
 
 def lineage_changes(recorded: tuple[str, str | None], present: tuple[str, str | None], project: Path) -> list[str]:
@@ -138,7 +143,13 @@ def lineage_changes(recorded: tuple[str, str | None], present: tuple[str, str | 
 def environment_changes(recorded: Environment, present: Environment) -> list[str]:
     """Say which distributions and settings differ."""
     pins, here = recorded.pins, present.pins
-    names = [f"{name} {pins.get(name, 'none')} -> {here.get(name, 'none')}" for name in _unequal(pins, here)]
+    # What no requirements name is known where it was imported; a program that did not, may have it all the same.
+    beside = {*recorded.beside, *present.beside}
+    names = [
+        f"{name} {pins.get(name, 'none')} -> {here.get(name, 'none')}"
+        for name in _unequal(pins, here)
+        if name not in beside or (name in pins and name in here)
+    ]
     was, now = ({**system, **_variables(system)} for system in (recorded.system, present.system))
     decisive_names = [name for name in present.decisive_system if name != "variables"]
     variables = sorted({**_variables(was), **_variables(now)})
@@ -157,7 +168,8 @@ def _variables(system: Mapping[str, object]) -> dict[str, object]:
 def machine_changes(recorded: Environment, present: Environment) -> list[str]:
     """Say what differs between two machines, or in their use, that makes other bits of the same operations."""
     was, now = recorded.system, present.system
-    names = [name for name in ("processor", "capability", "threads") if was.get(name) != now.get(name)]
+    decisive_names = ("processor", "capability", "threads", "devices", "driver", "cuda")
+    names = [name for name in decisive_names if was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
 
 

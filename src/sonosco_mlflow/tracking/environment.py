@@ -6,23 +6,38 @@ import json
 import os
 import platform
 import re
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 NUMERICS = (
     "OMP_NUM_THREADS",
+    "OMP_DYNAMIC",
     "MKL_NUM_THREADS",
+    "MKL_DYNAMIC",
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
+    "OPENBLAS_NUM_THREADS",
+    "OPENBLAS_CORETYPE",
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
     "NPY_DISABLE_CPU_FEATURES",
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "PYTHONHASHSEED",
 )
 """Variables that change results without any change of code."""
+
+BESIDE = "distribution:"
+"""Among a state's digests: what the name of a distribution has before it that no requirements name."""
+_NAME = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,9 @@ class Environment:
     """What a run ran in.
 
     Attributes:
-        requirements: installed distributions, pinned, one a line.
-        system: Python, platform, processor and numerics settings.
+        requirements: distributions, pinned, one a line: those that the project names, else all that are installed, and
+            those beside them that were imported.
+        system: Python, platform, processor and numerics settings, and which of the distributions stand beside.
     """
 
     requirements: str
@@ -40,8 +56,28 @@ class Environment:
     @property
     def digest(self) -> str:
         """Hexadecimal sha256 of the software: what the machine adds to it, the canary tells."""
+        return self._digest(self.requirements)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a state belongs to: the digest of the software that is named, and each version that stands beside it.
+
+        Another program that goes on with the state may import more or less.
+        """
+        pins = self.pins
+        named = "".join(f"{name}=={version}\n" for name, version in pins.items() if name not in self.beside)
+        return {"environment": self._digest(named), **{f"{BESIDE}{name}": pins[name] for name in self.beside}}
+
+    @property
+    def beside(self) -> list[str]:
+        """Distributions that the project does not name, and the process had imported."""
+        found = self.system.get("beside", [])
+        assert isinstance(found, list)
+        return found
+
+    def _digest(self, requirements: str) -> str:
         decisive = {name: self.system[name] for name in self.decisive_system}
-        return hashlib.sha256(json.dumps([self.requirements, decisive], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([requirements, decisive], sort_keys=True).encode()).hexdigest()
 
     @property
     def pins(self) -> dict[str, str]:
@@ -57,16 +93,20 @@ class Environment:
 def describe_environment(threads: int, canary: str, project: Path) -> Environment:
     """Describe this process's environment, the number of threads and the canary under it included.
 
-    Where ``project`` pins its distributions, those are listed, in the versions that are installed: tools that are
-    installed beside them, such as a linter, change no result.
+    Where ``project`` names its distributions, those are listed, in the versions that are installed: tools that are
+    installed beside them, such as a linter, change no result. What was imported all the same is listed with them.
     """
-    pins = {_normal(item.metadata["Name"]): item.version for item in importlib.metadata.distributions()}
-    # Of this package the run keeps the code itself.
-    pins.pop("sonosco-mlflow", None)
-    pinned = project / "requirements.txt"
-    if pinned.exists():
-        names = {_normal(line.partition("==")[0]) for line in pinned.read_text(encoding="utf-8").splitlines()}
-        pins = {name: version for name, version in pins.items() if name in names}
+    installed = _installed(_state_of_path())
+    listing = project / "requirements.txt"
+    beside: list[str] = []
+    if listing.exists():
+        named = {_normal(name) for name in _NAME.findall(listing.read_text(encoding="utf-8"))}
+        imported = {name.partition(".")[0] for name in sys.modules}
+        beside = sorted(
+            name for name, (_, modules) in installed.items() if name not in named and not modules.isdisjoint(imported)
+        )
+        installed = {name: facts for name, facts in installed.items() if name in named or name in beside}
+    pins = {name: version for name, (version, _) in installed.items()}
     system: dict[str, object] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -81,8 +121,42 @@ def describe_environment(threads: int, canary: str, project: Path) -> Environmen
         "driver": _driver(),
         "canary": canary,
         "variables": {name: os.environ[name] for name in NUMERICS if name in os.environ},
+        "beside": beside,
     }
     return Environment("".join(f"{name}=={version}\n" for name, version in sorted(pins.items())), system)
+
+
+def _state_of_path() -> tuple[tuple[str, int], ...]:
+    """Return what changes where a distribution is installed or removed."""
+    folders = [Path(entry) for entry in sys.path if entry]
+    return tuple((str(folder), folder.stat().st_mtime_ns) for folder in folders if folder.is_dir())
+
+
+@lru_cache(maxsize=1)
+def _installed(state: tuple[tuple[str, int], ...]) -> dict[str, tuple[str, frozenset[str]]]:
+    """Return version and top-level modules of each distribution; reading hundreds of them takes half a second."""
+    found: dict[str, tuple[str, frozenset[str]]] = {}
+    for item in importlib.metadata.distributions():
+        # A removal that was cut off leaves a folder that says nothing.
+        if not any(item.read_text(name) for name in ("METADATA", "PKG-INFO", "")):
+            continue
+        name = item.metadata["Name"]
+        # Of a folder of the user's, as of this package, the run keeps the code itself.
+        if "dir_info" in (item.read_text("direct_url.json") or "") or _normal(name) == "sonosco-mlflow":
+            continue
+        # The first that is found is the one that is imported.
+        found.setdefault(_normal(name), (item.version, _modules(item)))
+    return found
+
+
+def _modules(item: importlib.metadata.Distribution) -> frozenset[str]:
+    declared = item.read_text("top_level.txt")
+    if declared:
+        return frozenset(declared.split())
+    tops = ((file.parts[0], len(file.parts)) for file in item.files or () if file.suffix == ".py" or ".so" in file.name)
+    return frozenset(
+        top if depth > 1 else top.partition(".")[0] for top, depth in tops if not top.endswith(".dist-info")
+    )
 
 
 def _normal(name: str) -> str:

@@ -6,6 +6,7 @@ differs, unless it was allowed by name; then the run records it.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.changes import (
@@ -16,7 +17,7 @@ from sonosco_mlflow.tracking.changes import (
     listed,
     machine_changes,
 )
-from sonosco_mlflow.tracking.environment import Environment
+from sonosco_mlflow.tracking.environment import BESIDE, Environment
 
 # The digests in a checkpoint, each with the change that allows another.
 CHANGE_OF = {
@@ -47,7 +48,7 @@ def check_identity(
         recorded: digests by name; a name that is missing on either side is not compared.
         present: digests by name, of what is here.
         allowed: names of changes (:data:`CHANGES`).
-        explain: by name, what says how the two differ.
+        explain: by name, what says how the two differ; without it they are shown as they are.
 
     Raises:
         UserError: something differs and is not allowed; the message says how, and what allows it.
@@ -57,16 +58,21 @@ def check_identity(
         for name in recorded
         if present.get(name, recorded[name]) != recorded[name]
     }
-    refused = [name for name in differ if CHANGE_OF.get(name, name) not in allowed]
+    refused = [name for name in differ if _change_of(name) not in allowed]
     if refused:
-        lines = [f"  {name}: {_explained(explain[name])}" for name in refused]
-        flags = dict.fromkeys(f"--allow-{CHANGE_OF.get(name, name)}-change" for name in refused)
+        plain = {name: partial("was {}, is {}".format, *values) for name, values in differ.items()}
+        lines = [f"  {name}: {_explained(explain.get(name, plain[name]))}" for name in refused]
+        flags = dict.fromkeys(f"--allow-{_change_of(name)}-change" for name in refused)
         raise UserError(
             f"run {run_id} would not continue as it began:\n"
             + "\n".join(lines)
             + f"\nPut it back as it was, or pass {' '.join(flags)}: then the run goes on otherwise and records that"
         )
     return differ
+
+
+def _change_of(name: str) -> str:
+    return "environment" if name.startswith(BESIDE) else CHANGE_OF.get(name, name)
 
 
 def _explained(explain: Callable[[], str]) -> str:

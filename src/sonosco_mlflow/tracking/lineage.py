@@ -1,4 +1,4 @@
-"""Where the data of a run comes from: the manifests' digests, and DVC's where DVC versions them."""
+"""Where the data of a run comes from: the manifests' digests, and DVC's where DVC versions it, else its own."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from sonosco_mlflow.data.corpora.base import SPLITS
+from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
@@ -25,7 +26,8 @@ class DataLineage:
         vocabulary: sha256 of the tokenizer's vocabulary, or None.
         outputs: DVC's digest of each data output, by path; empty where DVC does not version the data.
         counts: utterances, hours and speakers of each split.
-        manifest_paths: where each split's manifest lies, as far as it lies in a file.
+        contents: where DVC does not version the data, sha256 of what each split's features are read from.
+        sources: each split's manifest, or the folder that its recordings' paths start from.
         lock: text of the ``dvc.lock`` by which DVC brings the data again, or None.
     """
 
@@ -33,19 +35,22 @@ class DataLineage:
     vocabulary: str | None
     outputs: dict[str, str]
     counts: dict[str, dict[str, float]]
-    manifest_paths: dict[str, Path] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Path] = field(default_factory=dict)
     lock: str | None = None
 
     @classmethod
     def of_folder(cls, folder: DataFolder) -> Self:
         """Describe the data that the DVC stages made."""
         manifests = {split: Manifest.read(folder.manifest(split)) for split in SPLITS}
+        outputs = stage_outputs(folder)
         return cls(
             manifests={split: manifest.digest for split, manifest in manifests.items()},
             vocabulary=CharacterTokenizer.read(folder.vocabulary).digest,
-            outputs=stage_outputs(folder),
+            outputs=outputs,
             counts={split: _counts(manifest) for split, manifest in manifests.items()},
-            manifest_paths={split: folder.manifest(split) for split in SPLITS},
+            contents={} if outputs else {split: FeatureStore(folder.store(split)).digest for split in SPLITS},
+            sources={split: folder.manifest(split) for split in SPLITS},
             lock=lock_text(folder),
         )
 
@@ -56,27 +61,32 @@ class DataLineage:
         validation: AudioDataLoader | None,
         test: AudioDataLoader | None,
     ) -> Self:
-        """Describe the data of loaders, of which nothing but their manifests is known."""
+        """Describe the data of loaders, of which DVC knows nothing."""
         loaders = {"train": train, "dev": validation, "test": test}
-        manifests = {split: loader.dataset.manifest for split, loader in loaders.items() if loader is not None}
-        tokenizers = [loader.tokenizer for loader in loaders.values() if loader is not None]
+        datasets = {split: loader.dataset for split, loader in loaders.items() if loader is not None}
+        manifests = {split: dataset.manifest for split, dataset in datasets.items()}
+        tokenizers = [dataset.tokenizer for dataset in datasets.values()]
         return cls(
             manifests={split: manifest.digest for split, manifest in manifests.items()},
             vocabulary=tokenizers[0].digest if tokenizers else None,
             outputs={},
             counts={split: _counts(manifest) for split, manifest in manifests.items()},
+            contents={split: dataset.content_digest for split, dataset in datasets.items()},
+            sources={split: manifest.root for split, manifest in manifests.items()},
         )
 
     @classmethod
     def read(cls, text: str) -> Self:
         """Read what :meth:`to_json` returned."""
         content = json.loads(text)
-        return cls(content["manifests"], content["vocabulary"], content["dvc"], content["counts"])
+        return cls(
+            content["manifests"], content["vocabulary"], content["dvc"], content["counts"], content.get("contents", {})
+        )
 
     @property
     def digest(self) -> str:
         """Hexadecimal sha256 of all digests together."""
-        parts = [self.manifests, self.vocabulary, self.outputs]
+        parts = [self.manifests, self.vocabulary, self.outputs, *([self.contents] if self.contents else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
@@ -88,7 +98,7 @@ class DataLineage:
         run.log_text(self.to_json(), f"{folder}data/lineage.json")
         if self.lock is not None:
             run.log_text(self.lock, f"{folder}data/dvc.lock")
-        for split, path in self.manifest_paths.items():
+        for split, path in self.sources.items():
             run.log_dataset(split, self.manifests[split], path, context=split)
 
     def to_json(self) -> str:
@@ -98,6 +108,7 @@ class DataLineage:
             "vocabulary": self.vocabulary,
             "dvc": self.outputs,
             "counts": self.counts,
+            "contents": self.contents,
         }
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 

@@ -132,7 +132,7 @@ class Origin:
         return {
             "config": settings_digest(decisive(self.settings)),
             "code": self.code.digest,
-            "environment": self.environment.digest,
+            **self.environment.digests,
             "threads": str(self.environment.system["threads"]),
             "canary": str(self.environment.system["canary"]),
         }

@@ -3,13 +3,14 @@
 import warnings
 from dataclasses import dataclass
 
+from sonosco_mlflow.console import say
 from sonosco_mlflow.serialization.checkpoint import Checkpoint
 from sonosco_mlflow.tracking.code_snapshot import imported_since
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.segments import RECORD, Segment
-from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES
+from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, CANARY
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,19 @@ class Provenance:
     Attributes:
         origin: the first three.
         lineage: where the data comes from.
+        canary: what the arithmetic of the device gives that is trained on.
     """
 
     origin: Origin
     lineage: DataLineage
+    canary: str
 
     def log_data(self, run: TrackedRun) -> None:
         """Log the data of a run that begins; its origin was logged as it was made."""
         self._warn_of_late_imports()
-        run.set_tags(self.lineage.tags())
+        if not self.lineage.outputs:
+            say("DVC does not version this data: the run knows it by digests of its own, which cannot bring it back")
+        run.set_tags({**self.lineage.tags(), CANARY: self.canary})
         self.lineage.log(run)
         run.adopt_data_runs(self.lineage.digest)
 
@@ -39,7 +44,7 @@ class Provenance:
         run.log_text(segment.record(checkpoint), f"{segment.folder}{RECORD}")
         # What follows shows the run as it now is; a resume does not read it.
         self.origin.log_recipe(run)
-        run.set_tags({**self.origin.tags(), **self.lineage.tags()})
+        run.set_tags({**self.origin.tags(), **self.lineage.tags(), CANARY: self.canary})
         changed = {name for branch in segment.branches for name in branch.changes}
         if changed:
             run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})

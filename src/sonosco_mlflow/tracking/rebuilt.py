@@ -83,12 +83,12 @@ class Rebuilt:
             check=False,
         )
 
-    def canary(self) -> str:
-        """Return what the arithmetic of this machine gives in the environment of the run."""
+    def canary(self, device: str) -> str:
+        """Return what the arithmetic of this machine gives on a device in the environment of the run."""
         threads = self.environment.system["threads"]
         program = (
             f"from sonosco_mlflow.determinism import configure; configure({threads}); "
-            "from sonosco_mlflow.canary import canary; print(canary())"
+            f"from sonosco_mlflow.canary import canary; print(canary({device!r}))"
         )
         ended = self._process(["-c", program], output=subprocess.PIPE)
         if ended.returncode != 0:
