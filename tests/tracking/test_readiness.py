@@ -13,6 +13,8 @@ from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.runs import train
 from sonosco_mlflow.tracking import readiness
+from sonosco_mlflow.tracking.changes import data_changes
+from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import prepare_data
 from sonosco_mlflow.tracking.readiness import require_current
 
@@ -44,6 +46,22 @@ def replace(path: Path, content: bytes) -> None:
 
 def test_what_the_stages_made_can_be_trained_on(folder: DataFolder) -> None:
     require_current(folder)
+
+
+def test_data_that_dvc_does_not_version_has_digests_of_its_own(folder: DataFolder) -> None:
+    """As the verbs make it one by one."""
+    versioned = DataLineage.of_folder(folder)
+    assert (versioned.contents, len(versioned.outputs) > 0) == ({}, True)
+    (folder.root.parent / "dvc.lock").unlink()
+    own = DataLineage.of_folder(folder)
+    assert (own.contents.keys(), own.outputs) == ({"train", "dev", "test"}, {})
+    shard = folder.store("dev") / "shard-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    replace(shard, bytes(content))
+    changed = DataLineage.of_folder(folder)
+    assert changed.digest != own.digest
+    assert data_changes(own.to_json(), changed.to_json()) == ["the dev recordings"]
 
 
 def test_files_that_are_not_those_of_the_lock_are_named(folder: DataFolder) -> None:
