@@ -161,6 +161,19 @@ def test_what_cannot_be_made_again_is_refused_before_anything_runs(world: Projec
     assert len(world.runs()) == count
 
 
+@pytest.mark.slow
+def test_a_finished_run_that_was_given_more_epochs_is_made_again(tmp_path: Path, empty_database: Path) -> None:
+    project = Project(make_project(tmp_path / "project"), tmp_path / "mlflow.db")
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
+    with_artifacts(tmp_path)
+    project.run([*SONOSCO, "train", "--set", "training.epochs=1"])
+    original = project.trainings()[0].info.run_id
+    project.run([*SONOSCO, "resume", original, "--set", "training.epochs=2"])
+    assert "all is as recorded" in project.run([*SONOSCO, "verify", original])
+    assert len(project.history(original, "test_loss")) == 2
+    assert "**bit-identical**" in reproduce(project, original)
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
