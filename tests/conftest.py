@@ -7,6 +7,7 @@ import mlflow
 import pytest
 import torch
 
+from sonosco_mlflow import evaluation
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.tracking.store import connect
 from toy import tone_corpus, tone_texts
@@ -18,6 +19,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's pictures take longer than its training does here; what they look like is asked of them alone."""
+    monkeypatch.setattr(evaluation, "_png", lambda figure: b"\x89PNG")
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,8 @@ def mel_spectrogram(sample: Sample) -> bytes:
     axes = figure.subplots()
     image = axes.imshow(sample.features.T.numpy(), origin="lower", aspect="auto", interpolation="nearest")
     figure.colorbar(image, label="normalised log energy")
-    axes.set(xlabel="frame", ylabel="mel band", title=f"{sample.id}: {sample.text}")
+    axes.set(xlabel="frame", ylabel="mel band")
+    axes.set_title(f"{sample.id}: {sample.text}", parse_math=False)
     return _png(figure)
 
 
@@ -104,8 +105,9 @@ def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) 
     axes = figure.subplots()
     image = axes.imshow(weights.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
     figure.colorbar(image, label="weight")
-    axes.set_yticks(range(len(steps)), steps, fontsize=6)
-    axes.set(xlabel="encoder frame", ylabel="token", title=f"{sample.id}: {tokenizer.decode(hypothesis.tokens)}")
+    axes.set_yticks(range(len(steps)), steps, fontsize=6, parse_math=False)
+    axes.set(xlabel="encoder frame", ylabel="token")
+    axes.set_title(f"{sample.id}: {tokenizer.decode(hypothesis.tokens)}", parse_math=False)
     return _png(figure)
 
 

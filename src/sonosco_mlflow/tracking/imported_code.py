@@ -20,7 +20,7 @@ from pathlib import Path
 IMPORTED = ".imported"
 CODE = frozenset({".py", ".pyi", ".pyx", ".so"})
 _SETTINGS = frozenset({".json", ".yaml", ".yml", ".toml", ".html"})
-_INSTALLED = frozenset({"site-packages", "dist-packages"})
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -111,7 +111,7 @@ def _sources() -> dict[_Source, list[Path]]:
     found: dict[_Source, list[Path]] = {_Source(_PACKAGE.parent, _PACKAGE.name): []}
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or not file.endswith(".py") or is_installed(Path(file)):
+        if not isinstance(file, str) or not file.endswith(".py") or is_installed(file):
             continue
         # The folder's links are resolved, the file's own is not: by that name it is imported.
         path = Path(file).parent.resolve() / Path(file).name
@@ -140,9 +140,11 @@ def _source(name: str, path: Path) -> _Source:
     return _Source(folder, path.relative_to(folder).as_posix())
 
 
-def is_installed(path: Path) -> bool:
+def is_installed(path: Path | str) -> bool:
     """Return whether a path is Python's own, or of what is installed for it, also in another environment's folders."""
-    return not _INSTALLED.isdisjoint(path.parts) or f"{path}{os.sep}".startswith(_installed())
+    # As a text: there are thousands of modules.
+    place = f"{path}{os.sep}"
+    return any(name in place for name in _INSTALLED) or place.startswith(_installed())
 
 
 @cache

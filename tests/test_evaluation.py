@@ -1,0 +1,64 @@
+"""The pictures that a run shows."""
+
+import io
+
+import pytest
+import torch
+from matplotlib import image
+from torch import Tensor, nn
+
+from sonosco_mlflow.data.dataset import Sample
+from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.evaluation import alignment_picture, compared_curves, learning_curves, mel_spectrogram
+from sonosco_mlflow.models.base import Hypothesis
+from sonosco_mlflow.text import CharacterTokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_pictures() -> None:
+    """Here they are drawn."""
+
+
+class Decodes(nn.Module):
+    """A model that finds a text, with weights for each of its characters or for the whole vocabulary."""
+
+    def __init__(self, tokens: list[int], alignment: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.hypothesis = Hypothesis(tokens, 0.0, alignment)
+
+    def decode(self, batch: Batch) -> list[Hypothesis]:
+        return [self.hypothesis]
+
+
+def sample(text: str) -> Sample:
+    features = torch.linspace(-1, 1, 50).reshape(10, 5)
+    return Sample("a", text, features, torch.zeros(1, dtype=torch.int64))
+
+
+def assert_drawn(picture: bytes, again: bytes) -> None:
+    assert again == picture, "the same data gives the same bytes"
+    pixels = image.imread(io.BytesIO(picture))
+    assert pixels.shape[0] > 100
+    assert pixels.std() > 0.01
+
+
+CURVES = {"train_loss": ([1, 2], [2.0, 1.0]), "val_word_error_rate": ([2], [0.5]), "seconds": ([1], [9.0])}
+
+
+def test_curves_are_drawn() -> None:
+    assert_drawn(learning_curves(CURVES), learning_curves(CURVES))
+    assert learning_curves(CURVES) != learning_curves({**CURVES, "train_loss": ([1, 2], [2.0, 1.5])})
+    assert_drawn(learning_curves({}), learning_curves({}))
+    assert_drawn(compared_curves(CURVES, {}), compared_curves(CURVES, {}))
+
+
+@pytest.mark.parametrize("text", ["plain", "$_{ AND $5", "\\frac{", "naïve 話", "", "two\nlines"])
+def test_a_transcript_is_shown_as_it_is_written(text: str) -> None:
+    assert_drawn(mel_spectrogram(sample(text)), mel_spectrogram(sample(text)))
+    tokenizer = CharacterTokenizer.of([text or "x"])
+    tokens = tokenizer.encode(text)
+    steps = max(len(tokens), 1)
+    for weights in (torch.rand(steps, 7), torch.rand(9, tokenizer.vocabulary_size)):
+        model = Decodes(tokens, weights)
+        assert_drawn(*(alignment_picture(model, tokenizer, sample(text)) for _ in range(2)))
