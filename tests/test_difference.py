@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlflow
 import pytest
-import soundfile
 import torch
 
 from experiments import go_on, new_project, run_experiment, toy_trainer, train
@@ -26,6 +25,7 @@ from sonosco_mlflow.tracking.environment import Environment, describe_environmen
 from sonosco_mlflow.tracking.rebuilt import Rebuilt
 from sonosco_mlflow.tracking.store import find_run, search_runs
 from sonosco_mlflow.tracking.verification import verify_run
+from toy import change_a_sample
 
 pytestmark = pytest.mark.usefixtures("module_store")
 
@@ -167,9 +167,7 @@ def test_one_sample_of_a_recording_that_dvc_does_not_know_is_named(
     assert "DVC does not version this data" in capsys.readouterr().err
     assert compare(first, same, project).changes == ()
     path = manifest.audio_path(manifest[3])
-    samples, rate = soundfile.read(path, dtype="int16")
-    samples[100] += 1
-    soundfile.write(path, samples, rate, subtype="PCM_16")
+    change_a_sample(path)
     found = compare(first, run_experiment(toy_trainer(manifest), project), project)
     names = "the dev recordings, the test recordings, the train recordings"
     assert found.cause == f"data: {names}"

@@ -18,6 +18,8 @@ from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.tracking.environment import Environment
 from toy import change_a_sample
 
+# The quick ones stand in test_difference.py, with runs of a toy.
+pytestmark = pytest.mark.slow
 SONOSCO = [sys.executable, "-m", "sonosco_mlflow"]
 DVC = [sys.executable, "-m", "dvc"]
 
@@ -81,7 +83,6 @@ def cached_features(project: Project) -> dict[str, Path]:
     return {"": place(output["md5"]), **files}
 
 
-@pytest.mark.slow
 def test_a_sample_of_a_recording(copy: Project) -> None:
     recording = copy.folder.parent / "tones" / "tone-005.wav"
     features = cached_features(copy)
@@ -102,7 +103,6 @@ def test_a_sample_of_a_recording(copy: Project) -> None:
     assert found["differing_inputs"]["data"].split(", ")[0] == f"recording {recording}: other bytes"
 
 
-@pytest.mark.slow
 def test_a_byte_of_a_feature_shard(copy: Project) -> None:
     shard = "train/shard-00000.npy"
     cached = cached_features(copy)[shard]
