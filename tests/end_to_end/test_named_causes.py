@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
+from uv import find_uv_bin
 
-from project import Project, make_project, move_corpus, run, with_artifacts
+from project import REPOSITORY, Project, make_project, move_corpus, run, with_artifacts
 from sonosco_mlflow.data.features import FeatureStore
-from sonosco_mlflow.tracking.environment import Environment
 from toy import change_a_sample
 
 # The quick ones stand in test_difference.py, with runs of a toy.
 pytestmark = pytest.mark.slow
 SONOSCO = [sys.executable, "-m", "sonosco_mlflow"]
+ANOTHER_TQDM = "4.67.1"
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -56,9 +56,14 @@ def newest(project: Project) -> str:
     return str(project.trainings()[-1].info.run_id)
 
 
-def reproduce(project: Project, *options: str, status: int = 0) -> dict[str, Any]:
+def reproduce(project: Project, status: int = 0) -> dict[str, Any]:
     """Make the run again, and return the certificate."""
-    project.run([*SONOSCO, "reproduce", original(project), "--env-manager", "local", *options], status)
+    project.run([*SONOSCO, "reproduce", original(project), "--env-manager", "local"], status)
+    return certificate(project)
+
+
+def certificate(project: Project) -> dict[str, Any]:
+    """Return the certificate of the newest reproduction."""
     path = project.client.download_artifacts(newest(project), "reproduction/certificate.json")
     content: dict[str, Any] = json.loads(Path(path).read_text())
     return content
@@ -127,32 +132,21 @@ def test_a_byte_of_a_feature_shard(copy: Project) -> None:
     assert (found["bit_identical"], found["differing_inputs"]) == (True, {}), "made again"
 
 
-@contextmanager
-def made_with(project: Project, requirement: str) -> Iterator[None]:
-    """As if the run had been made with another release of one library, which computes the same."""
-    made = project.client.get_run(original(project))
-    folder = Path(made.info.artifact_uri) / "environment"
-    kept = {name: (folder / name).read_text() for name in ("requirements.txt", "system.json")}
-    name = requirement.partition("==")[0]
-    lines = [requirement if line.startswith(f"{name}==") else line for line in kept["requirements.txt"].splitlines()]
-    changed = "\n".join(lines) + "\n"
-    assert changed != kept["requirements.txt"]
-    try:
-        (folder / "requirements.txt").write_text(changed)
-        digest = Environment(changed, json.loads(kept["system.json"])).digest
-        project.client.set_tag(made.info.run_id, "sonosco.environment_digest", digest)
-        yield
-    finally:
-        project.client.set_tag(
-            made.info.run_id, "sonosco.environment_digest", made.data.tags["sonosco.environment_digest"]
-        )
-        for file, text in kept.items():
-            (folder / file).write_text(text)
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """An interpreter with this environment's distributions, one of them in another release."""
+    pins = (REPOSITORY / "requirements.txt").read_text()
+    (tmp_path / "requirements.txt").write_text(pins.replace(f"tqdm=={version('tqdm')}", f"tqdm=={ANOTHER_TQDM}"))
+    uv, python = find_uv_bin(), tmp_path / "environment" / "bin" / "python"
+    run([uv, "venv", "--quiet", "--python", sys.executable, "environment"], tmp_path)
+    run([uv, "pip", "install", "--quiet", "--no-deps", "--python", str(python), "-r", "requirements.txt"], tmp_path)
+    return python
 
 
-def test_a_distribution_of_another_version(world: Project) -> None:
-    with made_with(world, "jiwer==0.0.1"):
-        found = reproduce(world, "--until-step", "1")
-        assert causes(world, newest(world)) == [f"jiwer 0.0.1 -> {version('jiwer')}"]
-    assert found["bit_identical"] is True
-    assert found["differing_inputs"] == {"environment": f"jiwer 0.0.1 -> {version('jiwer')}"}
+def test_a_distribution_of_another_version(world: Project, elsewhere: Path) -> None:
+    command = [str(elsewhere), *SONOSCO[1:], "reproduce", original(world), "--env-manager", "local"]
+    said = world.run([*command, "--until-step", "1"])
+    change = f"tqdm {version('tqdm')} -> {ANOTHER_TQDM}"
+    assert "**bit-identical**" in said
+    assert certificate(world)["differing_inputs"] == {"environment": change}
+    assert causes(world, newest(world)) == [change]
