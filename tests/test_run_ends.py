@@ -24,7 +24,7 @@ from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint
 from sonosco_mlflow.tracking import open_run
 from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
-from sonosco_mlflow.tracking.journal import Journal, read_rows
+from sonosco_mlflow.tracking.journal import Journal, Row, read_rows
 from sonosco_mlflow.tracking.lease import VANISHED, Lease, condition
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.open_run import OpenRun
@@ -305,6 +305,21 @@ def test_a_run_does_not_go_on_without_the_journal_of_its_checkpoint(
     assert mlflow.get_run(first.run.id).info.status == before[0].status
     assert all_artifacts(first.run.id) == before[1]
     journal.write_bytes(whole)
+    finish(first.run.id, tone_manifest, project)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 400 + b"\n", b"\0" * 400, b'{"micro\n'], ids=["zeros", "zeros alone", "torn"])
+def test_what_a_crash_left_behind_the_rows_of_the_checkpoint_is_no_damage(
+    tone_manifest: Manifest, project: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
+    artifacts = Path(find_run(first.run.id).info.artifact_uri.removeprefix("file://"))
+    shutil.rmtree(artifacts / "checkpoints" / "step-00000005")
+    (artifacts / "journal.jsonl").unlink()
+    journal = first.folder / "journal.jsonl"
+    # The length of a file may be on the disk, and the end of it, and not what lies between.
+    journal.write_bytes(journal.read_bytes() + tail + Row(7, 7, 8, {"train_loss": 9.0}).line())
+    monkeypatch.setattr("sonosco_mlflow.tracking.resumption.metric_records", lambda run_id: {})
     finish(first.run.id, tone_manifest, project)
 
 

@@ -38,6 +38,18 @@ class DivergedError(UserError):
     """A step that was made again came out otherwise than the tracking store says it did."""
 
 
+class DamagedJournalError(UserError):
+    """A line of a journal is no row.
+
+    Attributes:
+        rows: those before it. What a crash kept from the disk lies behind the rows that a checkpoint counts.
+    """
+
+    def __init__(self, message: str, rows: "list[Row]") -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Recorded:
     """One row that the tracking store holds: the value of a metric at a step, and when it was written."""
@@ -91,7 +103,7 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of a journal; a last line that a crash cut short is none.
 
     Raises:
-        UserError: a line in its middle is no row; the message names it.
+        DamagedJournalError: a line in its middle is no row; the message names it.
     """
     if not path.exists():
         return []
@@ -101,7 +113,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows.append(Row.read(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: not a row of a journal ({error})") from error
+            raise DamagedJournalError(f"{path}:{number}: not a row of a journal ({error})", rows) from error
     return rows
 
 

@@ -17,7 +17,7 @@ from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Check
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
 from sonosco_mlflow.tracking.code_snapshot import imported_digests
-from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, missing_row, read_rows, rows_of
+from sonosco_mlflow.tracking.journal import JOURNAL, DamagedJournalError, Records, Row, missing_row, read_rows, rows_of
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
@@ -200,8 +200,12 @@ class Resumption:
         places["the metrics in MLflow"] = lambda: rows_of(self.records, micro_step, step, names)
         problems = []
         for place, read in places.items():
+            damage = ""
             try:
                 rows = read()
+            except DamagedJournalError as error:
+                # Behind the rows that the checkpoint counts it is of a crash, as a torn line is.
+                rows, damage = error.rows, str(error)
             except UserError as error:
                 if is_away(error):
                     raise
@@ -212,7 +216,7 @@ class Resumption:
                 if problems:
                     warnings.warn(f"the journal is taken from {place}: {'; '.join(problems)}", stacklevel=2)
                 return rows
-            problems.append(f"{place}: lacks {lacks}")
+            problems.append(damage or f"{place}: lacks {lacks}")
         raise UserError(
             f"run {self.tracked.id} cannot go on from {directory.name}, whose metrics are not all in its journal:\n"
             + "".join(f"  {problem}\n" for problem in problems)
