@@ -354,13 +354,16 @@ def test_an_end_that_is_repeated_verifies_the_tests_metrics(
     assert "evaluation/test_hypotheses.json" in artifacts(run_id, "evaluation")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_without_any_checkpoint_a_run_starts_over_and_its_rows_are_verified(
-    whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path
+    whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path, threads: int
 ) -> None:
     first = run_experiment(toy_trainer(tone_manifest, stop_at=3), project)
     shutil.rmtree(first.folder / "checkpoints")
     first.run.delete_artifact("checkpoints")
     timings = {key: value for key, value in rows(first.run.id).items() if is_timing(key[0])}
+    # On a machine of more cores: the run's own number is set again.
+    torch.set_num_threads(threads)
     again = go_on(first.run.id, toy_trainer(tone_manifest), project)
     assert_as_if_never_stopped(again, whole, tmp_path)
     assert again.opened.recording.journal.verified_steps == {1, 2, 3}

@@ -249,6 +249,7 @@ class Resumption:
         tags = self.run.data.tags
         names = {"code": CODE_DIGEST, "environment": ENVIRONMENT_DIGEST, "canary": CANARY, "data": DATA_DIGEST}
         found = {name: tags[tag] for name, tag in names.items() if tag in tags}
+        found["threads"] = str(self.last.environment().system["threads"])
         return {**found, "config": settings_digest(decisive(self.settings))}
 
 
