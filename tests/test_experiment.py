@@ -610,6 +610,25 @@ def test_a_run_whose_provenance_fails_does_not_stay_open(tmp_path: Path, monkeyp
     assert run.data.tags["sonosco.error"] == "OSError: no snapshot today"
 
 
+def test_settings_that_cannot_be_kept_open_no_run(stopped: Experiment, project: Path) -> None:
+    before = {run.info.run_id for run in mlflow.search_runs(["0"], output_format="list")}
+    with pytest.raises(UserError, match=r"^data\.folder: found PosixPath\('corpus'\), a pathlib\.PosixPath"):
+        Experiment.create({"data": {"folder": Path("corpus")}}, project=project)
+    with pytest.raises(UserError, match=r"^data\.folder: found"):
+        Experiment.resume(stopped.run.id, {"data": {"folder": Path("corpus")}}, project=project)
+    assert {run.info.run_id for run in mlflow.search_runs(["0"], output_format="list")} == before
+    Lease.take(stopped.run.id).release()
+
+
+def test_another_tuple_in_settings_is_another_recipe(tone_manifest: Manifest, project: Path) -> None:
+    experiment = Experiment.create({"betas": (0.9, 0.98)}, project=project)
+    train(experiment, toy_trainer(tone_manifest, stop_at=2))
+    assert mlflow.get_run(experiment.run.id).data.params == {"config.betas": "[0.9, 0.98]"}
+    with pytest.raises(UserError, match=r"betas was '\[0\.9, 0\.98\]', is '\[0\.9, 0\.999\]'"):
+        go_on(experiment.run.id, toy_trainer(tone_manifest), project, config={"betas": (0.9, 0.999)})
+    go_on(experiment.run.id, toy_trainer(tone_manifest), project, config={"betas": (0.9, 0.98)})
+
+
 def test_a_step_that_comes_out_otherwise_stops_the_run(tone_manifest: Manifest, project: Path) -> None:
     first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
     client = mlflow.MlflowClient()

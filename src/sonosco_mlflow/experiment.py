@@ -34,6 +34,7 @@ from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
 from sonosco_mlflow.serving.logging import trained_recognizer
+from sonosco_mlflow.settings import plain_settings
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -122,12 +123,16 @@ class Experiment:
         number as it is; a resume sets it again.
 
         Args:
-            config: the recipe, or any nested mapping of your own settings; logged flattened.
+            config: the recipe, or a nested mapping of your own settings (texts, numbers, lists); logged flattened.
             serializer: writes the trainer's objects into checkpoints.
             name: of the run in the UI; a short piece of its id is added.
             experiment: MLflow experiment for a run that ``mlflow run`` has not made already.
             project: folder whose code is kept; the run's files go to ``project/runs``.
+
+        Raises:
+            UserError: settings of your own hold what cannot be kept; no run is opened.
         """
+        config = _keepable(config)
         connect(project)
         threads = config.training.threads if isinstance(config, Config) else torch.get_num_threads()
         determinism.configure(threads)
@@ -180,8 +185,10 @@ class Experiment:
             project: folder with the code; the run's files go to ``project/runs``.
 
         Raises:
-            UserError: there is no such training run, or another process trains it.
+            UserError: there is no such training run, another process trains it, or settings of your own hold what
+                cannot be kept.
         """
+        config = None if config is None else _keepable(config)
         connect(project)
         resumption = Resumption.begin(run_id, project, allowed_changes)
         try:
@@ -378,6 +385,10 @@ class Experiment:
         if self._trainer is None:
             raise UserError("the experiment has no trainer yet; call setup_model_trainer first")
         return self._trainer
+
+
+def _keepable(config: Config | Mapping[str, object]) -> Config | Mapping[str, object]:
+    return config if isinstance(config, Config) else plain_settings(config)
 
 
 def _state_after(error: BaseException) -> tuple[str, Exception | None]:
