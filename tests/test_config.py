@@ -192,14 +192,24 @@ FREE_KEYS = {
 
 def test_every_key_decides_the_bits_but_those_that_only_decide_the_way() -> None:
     settings = Config().model_dump(mode="json")
-    assert Config().flat().keys() - decisive(settings).keys() == FREE_KEYS
-    assert {"training.seed", "training.threads", "training.device", "data.corpus"} <= decisive(settings).keys()
-
-
-def test_settings_of_the_users_own_are_decisive_like_the_recipes() -> None:
-    own = {"training": {"epochs": 3, "epochs_of_rest": 1}, "checkpoint": {"x": 1}, "checkpoints": 2, "size": [1]}
+    found = decisive(settings, is_recipe=True)
+    assert Config().flat().keys() - found.keys() == FREE_KEYS
+    assert {"training.seed", "training.threads", "training.device", "data.corpus"} <= found.keys()
     # The prefix of a name is not the name.
-    assert decisive(own) == {"training.epochs_of_rest": 1, "checkpoints": 2, "size": "[1]"}
+    assert decisive({"training": {"epochs_of_rest": 1}, "checkpoints": 2}, is_recipe=True) == {
+        "training.epochs_of_rest": 1,
+        "checkpoints": 2,
+    }
+
+
+def test_settings_of_the_users_own_are_all_decisive() -> None:
+    own = {"training": {"epochs": 3}, "checkpoint": "base.pt", "tracking": {"x": 1}, "size": [1]}
+    assert decisive(own, is_recipe=False) == {
+        "training.epochs": 3,
+        "checkpoint": "base.pt",
+        "tracking.x": 1,
+        "size": "[1]",
+    }
 
 
 def test_settings_come_back_from_their_yaml() -> None:

@@ -31,18 +31,21 @@ from experiments import (
     train,
 )
 from sonosco_mlflow.canary import canary
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.models import build_model
 from sonosco_mlflow.serialization import checkpoint as checkpoint_module
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint, verify_checkpoint
+from sonosco_mlflow.tracking.changes import Change, input_changes
 from sonosco_mlflow.tracking.checkpoints import Deserializer
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin
+from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import download
 from sonosco_mlflow.tracking.tags import OWNER
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping
@@ -627,6 +630,30 @@ def test_another_tuple_in_settings_is_another_recipe(tone_manifest: Manifest, pr
     with pytest.raises(UserError, match=r"betas was '\[0\.9, 0\.98\]', is '\[0\.9, 0\.999\]'"):
         go_on(experiment.run.id, toy_trainer(tone_manifest), project, config={"betas": (0.9, 0.999)})
     go_on(experiment.run.id, toy_trainer(tone_manifest), project, config={"betas": (0.9, 0.98)})
+
+
+def test_a_key_of_the_users_own_counts_though_the_recipe_has_one_of_that_name(
+    tone_manifest: Manifest, project: Path, tmp_path: Path
+) -> None:
+    base, large = {"checkpoint": "base.pt"}, {"checkpoint": "large.pt"}
+    first = train(Experiment.create(base, project=project), toy_trainer(tone_manifest, stop_at=2))
+    with pytest.raises(UserError, match=r"checkpoint was 'base\.pt', is 'large\.pt'"):
+        go_on(first.run.id, toy_trainer(tone_manifest), project, config=large)
+    other = train(Experiment.create(large, project=project), toy_trainer(tone_manifest, stop_at=2))
+    segments = [newest_segment(mlflow.get_run(experiment.run.id)) for experiment in (first, other)]
+    tags_of = [tags(experiment.run.id) for experiment in (first, other)]
+    (change,) = input_changes(segments[0], tags_of[0], segments[1], tags_of[1], project)
+    assert change == Change("config", ("checkpoint was 'base.pt', is 'large.pt'",))
+
+
+def test_a_recipe_goes_on_as_one_where_the_run_is_all_that_is_named(tone_manifest: Manifest, project: Path) -> None:
+    first = train(Experiment.create(Config(), project=project), toy_trainer(tone_manifest, stop_at=2))
+    again = go_on(first.run.id, toy_trainer(tone_manifest, stop_at=4), project)
+    assert again.origin.command.trains_recipe
+    # Free to change, as in the first place.
+    config = Config.resolve({}, {"data.workers": "1", "checkpoint.keep_last": "3"})
+    go_on(first.run.id, toy_trainer(tone_manifest), project, config=config)
+    assert tags(first.run.id)["sonosco.state"] == "finished"
 
 
 def test_a_step_that_comes_out_otherwise_stops_the_run(tone_manifest: Manifest, project: Path) -> None:

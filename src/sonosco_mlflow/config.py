@@ -291,12 +291,14 @@ def _leaves(tree: Mapping[str, object], prefix: str) -> Iterator[tuple[str, Scal
                 yield prefix + key, value
 
 
-def decisive(settings: Mapping[str, object]) -> dict[str, Scalar]:
-    """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`)."""
+def decisive(settings: Mapping[str, object], *, is_recipe: bool) -> dict[str, Scalar]:
+    """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`).
+
+    Of those that are no recipe, but a program's own, nobody here knows which these are: all of them are returned.
+    """
+    idle = NOT_DECISIVE if is_recipe else ()
     return {
-        key: value
-        for key, value in flatten(settings)
-        if not any(f"{key}.".startswith(f"{name}.") for name in NOT_DECISIVE)
+        key: value for key, value in flatten(settings) if not any(f"{key}.".startswith(f"{name}.") for name in idle)
     }
 
 

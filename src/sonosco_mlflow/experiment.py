@@ -192,9 +192,10 @@ class Experiment:
         connect(project)
         resumption = Resumption.begin(run_id, project, allowed_changes)
         try:
+            config = resumption.recipe if config is None else config
             threads = config.training.threads if isinstance(config, Config) else resumption.threads
             determinism.configure(threads or torch.get_num_threads())
-            origin = Origin.take(resumption.settings if config is None else config, project)
+            origin = Origin.take(config, project)
             arguments = (resumption.tracked, resumption.lease, serializer or Serializer(), resumption.folder, origin)
             return cls(*arguments, resumption)
         except BaseException:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import mlflow
 from mlflow.entities import Run
 
-from sonosco_mlflow.config import decisive, settings_digest
+from sonosco_mlflow.config import Config, settings_digest
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
@@ -54,7 +54,8 @@ class Resumption:
         lease: this process's right to train it.
         folder: the run's own files on this machine; it may be empty.
         last: its newest segment.
-        settings: the recipe that the run kept.
+        settings: what the run kept of its recipe, or of a program's own.
+        trains_recipe: whether they are a recipe.
         checkpoint: the newest whole one, or None where the run was killed before the first.
         allowed: names of the changes that are allowed.
         changes: digests that differ (recorded, present), once :meth:`check` has compared them.
@@ -69,6 +70,7 @@ class Resumption:
     folder: Path
     last: Segment
     settings: dict[str, Any]
+    trains_recipe: bool
     checkpoint: Checkpoint | None
     allowed: frozenset[str]
     changes: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -100,17 +102,29 @@ class Resumption:
             condition = VANISHED if state == "running" else state
             folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
             last = newest_segment(run)
-            settings = last.settings()
+            settings, trains_recipe = last.settings(), last.trains_recipe()
             checkpoint = newest_checkpoint(last, folder / CHECKPOINTS)
         except BaseException:
             lease.release()
             raise
-        return cls(run, condition, tracked, lease, folder, last, settings, checkpoint, frozenset(allowed))
+        found = (run, condition, tracked, lease, folder, last, settings, trains_recipe, checkpoint)
+        return cls(*found, frozenset(allowed))
 
     @property
     def was_finished(self) -> bool:
         """Whether the run says that it came to its end."""
         return self.condition == "finished"
+
+    @property
+    def recipe(self) -> Config | dict[str, Any]:
+        """The recipe that the run goes on with by default, or the settings of a program's own.
+
+        Raises:
+            UserError: what the run kept is no recipe of this version.
+        """
+        if not self.trains_recipe:
+            return self.settings
+        return Config.resolve(self.settings, {}, origin=f"run {self.tracked.id}")
 
     @property
     def threads(self) -> int | None:
@@ -139,7 +153,7 @@ class Resumption:
             present,
             self.allowed,
             {
-                "config": lambda: identity.config_difference(decisive(self.settings), decisive(origin.settings)),
+                "config": lambda: identity.config_difference(last.decisive(), origin.decisive),
                 "code": lambda: identity.code_difference(last.archive(), origin.code.archive),
                 "imported": lambda: identity.code_difference(last.archive(), origin.code.archive),
                 "data": lambda: identity.data_difference(last.lineage(), lineage.to_json()),
@@ -250,7 +264,7 @@ class Resumption:
         names = {"code": CODE_DIGEST, "environment": ENVIRONMENT_DIGEST, "canary": CANARY, "data": DATA_DIGEST}
         found = {name: tags[tag] for name, tag in names.items() if tag in tags}
         found["threads"] = str(self.last.environment().system["threads"])
-        return {**found, "config": settings_digest(decisive(self.settings))}
+        return {**found, "config": settings_digest(self.last.decisive())}
 
 
 def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | None:

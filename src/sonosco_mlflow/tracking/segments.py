@@ -24,9 +24,11 @@ from mlflow.entities import Run
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from sonosco_mlflow.config import Scalar, decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import Checkpoint, position_of
 from sonosco_mlflow.tracking.environment import Environment
+from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names
 from sonosco_mlflow.tracking.tags import SEGMENTS
 
@@ -110,6 +112,14 @@ class Segment:
             return dict(YAML(typ="safe").load(self._kept("config/params.yaml")) or {})
         except (YAMLError, TypeError, ValueError) as error:
             raise UserError(f"runs:/{self.run_id}/{name}: not a recipe ({error})") from error
+
+    def trains_recipe(self) -> bool:
+        """Return whether its settings are a recipe, rather than a program's own."""
+        return Command.read(self.command()).trains_recipe
+
+    def decisive(self) -> dict[str, Scalar]:
+        """Return those of its settings, flat, that decide the bits of a state."""
+        return decisive(self.settings(), is_recipe=self.trains_recipe())
 
     def archive(self) -> bytes:
         """Return the snapshot of its code."""
