@@ -17,6 +17,8 @@ import mlflow
 import pytest
 
 from experiments import SETTINGS, Interrupt, all_artifacts, go_on, new_project, rows, run_experiment, toy_trainer, train
+from sonosco_mlflow import determinism
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.console import console_log
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
@@ -222,6 +224,7 @@ def test_a_run_that_was_killed_before_it_kept_its_recipe_is_not_one_to_go_on_wit
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"size": "of this test"}
+    determinism.configure(1)
     origin = Origin.take(settings, project)
     with monkeypatch.context() as patch:
         patch.setattr(Origin, "log_recipe", Mock(side_effect=ConnectionError("the server is away")))
@@ -231,6 +234,25 @@ def test_a_run_that_was_killed_before_it_kept_its_recipe_is_not_one_to_go_on_wit
     experiment = Experiment.create(settings, project=project, name="toy")
     assert find_unfinished("Default", origin, "") == experiment.run.id
     experiment.opened.close("interrupted")
+
+
+def test_the_run_to_go_on_with_is_found_by_what_decides(project: Path) -> None:
+    def found(**overrides: str) -> str | None:
+        config = Config.resolve({}, {"training.seed": "77", **overrides})
+        return find_unfinished("Default", Origin.take(config, project), "")
+
+    experiment = Experiment.create(Config.resolve({}, {"training.seed": "77"}), project=project, name="toy")
+    experiment.opened.close("interrupted")
+    (project / "model.py").touch()
+    for command in (["add", "--all"], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], cwd=project, check=True)
+    assert found() == experiment.run.id
+    assert found(**{"data.workers": "2", "checkpoint.keep_last": "5", "tracking.run_name": "x"}) == experiment.run.id
+    assert found(**{"optimizer.lr": "0.5"}) is None
+    # The same bits on the way, but another end.
+    assert found(**{"training.epochs": "11"}) is None
+    (project / "model.py").write_text("x = 2\n")
+    assert found() is None
 
 
 @pytest.mark.parametrize("step", [(TrackedRun, "reopen"), (TrackedRun, "open_ledger")])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import mlflow
 from mlflow.entities import Run
 
-from sonosco_mlflow.config import Config, settings_digest
+from sonosco_mlflow.config import Config, flatten, settings_digest
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
@@ -27,11 +27,11 @@ from sonosco_mlflow.tracking.store import download, find_run, is_away
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
-    CONFIG_DIGEST,
     DATA_DIGEST,
     ENVIRONMENT_DIGEST,
     FIRST_STEP,
     FOLDER,
+    IMPORTED_DIGEST,
     KIND,
     REPRODUCES,
     STATE,
@@ -268,17 +268,28 @@ class Resumption:
 
 
 def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | None:
-    """Return the newest training run of an experiment that began as one would now, and did not come to its end."""
+    """Return the newest training run of an experiment that would come to where one would that began now, and did not.
+
+    What decides that is compared, as for every run that goes on, and the number of epochs.
+    """
     known = mlflow.get_experiment_by_name(experiment)
     if known is None:
         return None
-    expected = {**origin.tags(), DATA_DIGEST: data_digest}
-    same_recipe = f"tags.`{KIND}` = 'train' and tags.`{CONFIG_DIGEST}` = '{expected[CONFIG_DIGEST]}'"
-    for run in mlflow.MlflowClient().search_runs([known.experiment_id], same_recipe):
+    deciding = (CODE_DIGEST, IMPORTED_DIGEST, ENVIRONMENT_DIGEST, CANARY)
+    expected = {tag: digest for tag, digest in origin.tags().items() if tag in deciding} | {DATA_DIGEST: data_digest}
+    same_code = f"tags.`{KIND}` = 'train' and tags.`{CODE_DIGEST}` = '{expected[CODE_DIGEST]}'"
+    for run in mlflow.MlflowClient().search_runs([known.experiment_id], same_code):
         tags = run.data.tags
         if tags.get(STATE) == "finished" or REPRODUCES in tags:
             continue
         # A run that was killed early has no data yet.
-        if all(tags.get(name, value) == value for name, value in expected.items()):
+        same = all(tags.get(name, value) == value for name, value in expected.items())
+        if same and _trains_as(newest_segment(run), origin):
             return str(run.info.run_id)
     return None
+
+
+def _trains_as(segment: Segment, origin: Origin) -> bool:
+    # More epochs change no bit on the way, but where it ends.
+    epochs = [dict(flatten(settings)).get("training.epochs") for settings in (segment.settings(), origin.settings)]
+    return epochs[0] == epochs[1] and settings_digest(segment.decisive()) == origin.digests["config"]
