@@ -38,6 +38,7 @@ from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.models import build_model
 from sonosco_mlflow.serialization import checkpoint as checkpoint_module
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint, verify_checkpoint
+from sonosco_mlflow.tracking import open_run
 from sonosco_mlflow.tracking.changes import Change, input_changes
 from sonosco_mlflow.tracking.checkpoints import Deserializer
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
@@ -777,6 +778,7 @@ def test_a_run_of_which_nobody_could_be_told_that_it_is_finished_is_no_success(
 ) -> None:
     experiment = Experiment.create(SETTINGS, project=project, name="toy")
     with monkeypatch.context() as patch:
+        patch.setattr(open_run, "PATIENCE_AT_END", 1.0)
         patch.setattr(TrackedRun, "end", Mock(side_effect=ConnectionError("the server is away")))
         with pytest.raises(ConnectionError):
             train(experiment, toy_trainer(tone_manifest))

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from signal import SIGINT
 from typing import Self, TypeVar
@@ -38,7 +39,7 @@ from sonosco_mlflow.settings import plain_settings
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.open_run import PATIENCE_AT_END, OpenRun
+from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
 from sonosco_mlflow.tracking.resumption import Resumption
@@ -377,7 +378,10 @@ class Experiment:
             # No checkpoint counts it: a resume makes it again.
             self.opened.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
         weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
-        self.opened.recording.finish(PATIENCE_AT_END)
+        self.opened.complete(partial(self._show, trainer, weights))
+
+    def _show(self, trainer: ModelTrainer, weights: Path | None) -> None:
+        """Write to the run what it is when it has come to its end; again, where a server went away meanwhile."""
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
         log_results(self.run, trainer, self.history, self.test, self._test_loader, self._registered_model)

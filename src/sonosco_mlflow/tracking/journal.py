@@ -63,7 +63,7 @@ Records = Mapping[tuple[str, int], Recorded]
 
 @dataclass(frozen=True)
 class Row:
-    """What was recorded together; ``timestamp`` in milliseconds since 1970.
+    """What was recorded together; ``timestamp`` in now_ms since 1970.
 
     Attributes:
         micro_step: the one to whose end it belongs (:attr:`ModelTrainer.position`): checkpoints from there on count it.
@@ -213,7 +213,7 @@ class Journal(Callback, is_part_of_trainer=False):
     def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
         """Write a row with a text at the trainer's position."""
         with self._lock:
-            self._append(Row(trainer.position, trainer.progress.step, _now(), texts={name: text}))
+            self._append(Row(trainer.position, trainer.progress.step, now_ms(), texts={name: text}))
 
     def write(self, micro_step: int, step: int, metrics: Mapping[str, float]) -> None:
         """Write a row of metrics.
@@ -230,7 +230,7 @@ class Journal(Callback, is_part_of_trainer=False):
                     "record it once, in on_step_end say, or under another name"
                 )
             self._last_steps[name] = step
-        row = self._compared(Row(micro_step, step, _now(), {name: float(value) for name, value in metrics.items()}))
+        row = self._compared(Row(micro_step, step, now_ms(), {name: float(value) for name, value in metrics.items()}))
         missing = self._not_recorded(row)
         with self._lock:
             self._append(row)
@@ -346,5 +346,6 @@ def storable(value: float) -> float:
     return min(max(value, -largest), largest) + 0.0 if value == value else value
 
 
-def _now() -> int:
+def now_ms() -> int:
+    """Return the time of now in milliseconds since 1970, as a row has it."""
     return time.time_ns() // 1_000_000
