@@ -368,6 +368,11 @@ def test_the_run_to_go_on_with_is_found_by_what_decides(project: Path) -> None:
     assert found(**{"training.epochs": "11"}) is None
     (project / "model.py").write_text("x = 2\n")
     assert found() is None
+    (project / "model.py").write_text("x = 1\n")
+    assert found() == experiment.run.id
+    # One that has lost its recipe cannot go on, and keeps no other from beginning.
+    experiment.run.delete_artifact("config")
+    assert found() is None
 
 
 @pytest.mark.parametrize("step", [(TrackedRun, "reopen"), (TrackedRun, "open_ledger")])

@@ -290,6 +290,13 @@ def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | 
 
 
 def _trains_as(segment: Segment, origin: Origin) -> bool:
+    try:
+        settings, decisive = segment.settings(), segment.decisive()
+    except UserError as error:
+        if is_away(error):
+            raise
+        # One that has lost its recipe cannot go on.
+        return False
     # More epochs change no bit on the way, but where it ends.
-    epochs = [dict(flatten(settings)).get("training.epochs") for settings in (segment.settings(), origin.settings)]
-    return epochs[0] == epochs[1] and settings_digest(segment.decisive()) == origin.digests["config"]
+    epochs = [dict(flatten(each)).get("training.epochs") for each in (settings, origin.settings)]
+    return epochs[0] == epochs[1] and settings_digest(decisive) == origin.digests["config"]
