@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from sonosco_mlflow import background as module
-from sonosco_mlflow.background import Background, OverdueError, within
+from sonosco_mlflow.background import Background, OverdueError, persist, within
 from sonosco_mlflow.errors import UserError
 
 LONGEST_WAIT = 10.0  # only a test that fails waits so long
@@ -246,6 +247,48 @@ def test_pauses_grow_to_a_limit_and_start_anew_after_a_success(monkeypatch: pyte
     background.finish()
     background.close()
     assert pauses == [0.5, 1, 2, 4, 8, 15, 15, 15, 0.5]
+
+
+# ------------------------------------------------------------------ tried again where it is asked for
+
+
+def test_a_task_is_repeated_while_the_other_side_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    done: list[str] = []
+    persist(Failing(4, AwayError(), done), lambda error: isinstance(error, AwayError), 60.0)
+    assert len(done) == 1
+    assert pauses == [0.5, 1, 2, 4]
+
+
+def test_an_error_of_another_kind_is_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "sleep", Mock(side_effect=AssertionError))
+    with pytest.raises(ValueError, match="full"):
+        persist(Failing(1, ValueError("full"), []), lambda error: isinstance(error, AwayError), 60.0)
+
+
+@pytest.mark.parametrize(("patience", "expected"), [(0.0, []), (2.0, [0.5, 1]), (4.0, [0.5, 1, 2])])
+def test_what_stays_away_is_raised_at_the_end_of_the_patience(
+    monkeypatch: pytest.MonkeyPatch, patience: float, expected: list[float]
+) -> None:
+    now, pauses = 100.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        pauses.append(seconds)
+
+    def task() -> None:
+        nonlocal now
+        # Of a task that takes its time, the time of its first try is no absence.
+        now += 0.0 if pauses else 50.0
+        raise AwayError
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    with pytest.raises(AwayError):
+        persist(task, lambda error: True, patience)
+    assert pauses == expected
 
 
 # ------------------------------------------------------------------ errors

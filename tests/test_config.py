@@ -1,13 +1,17 @@
 import re
+from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from sonosco_mlflow.config import Config, decisive, flatten, settings_digest, settings_yaml, valid_keys
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.settings import plain_settings
 
 # Scripts and people rely on these.
 FIXED_KEYS = [
@@ -137,6 +141,46 @@ def test_flattening_gives_dotted_keys_and_json_lists() -> None:
     assert dict(flatten({"a": {"b": [1, "x"], "c": None}, "d": 0.5})) == {"a.b": '[1, "x"]', "a.c": None, "d": 0.5}
 
 
+def test_a_tuple_is_a_list_and_counts() -> None:
+    plain = plain_settings({"betas": (0.9, (1, 2)), "inner": MappingProxyType({"sizes": [(1,)]})})
+    assert plain == {"betas": [0.9, [1, 2]], "inner": {"sizes": [[1]]}}
+    assert dict(flatten({"betas": (0.9, 0.98)})) == {"betas": "[0.9, 0.98]"}
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Name(str):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "kind"),
+    [
+        ({"data": {"folder": Path("x")}}, "data.folder", "pathlib.PosixPath"),
+        ({"colour": Colour.RED}, "colour", "test_config.Colour"),
+        ({"rates": [0.1, np.float32(0.2)]}, "rates.1", "numpy.float32"),
+        # These are a float and a text, but no YAML can say so.
+        ({"rate": np.float64(0.1)}, "rate", "numpy.float64"),
+        ({"name": Name("x")}, "name", "test_config.Name"),
+        ({"a": {"b": {1, 2}}}, "a.b", "builtins.set"),
+        ({"a": [{"b": b"x"}]}, "a.0.b", "builtins.bytes"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_its_key_and_type(settings: dict[str, Any], key: str, kind: str) -> None:
+    for use in (plain_settings, lambda tree: dict(flatten(tree))):
+        with pytest.raises(
+            UserError, match=rf"^{re.escape(key)}: found .*, a {re.escape(kind)}, expected .*\.item\(\)"
+        ):
+            use(settings)
+
+
+def test_a_key_that_is_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^layers: found the key 3, a builtins\.int, expected a text"):
+        plain_settings({"layers": {3: "x"}})
+
+
 # What a run may go on with otherwise and still end in the same bits, as far as it has come.
 FREE_KEYS = {
     *("data.source", "data.workers", "data.processes", "training.epochs", "tracking.experiment", "tracking.run_name"),
@@ -148,14 +192,24 @@ FREE_KEYS = {
 
 def test_every_key_decides_the_bits_but_those_that_only_decide_the_way() -> None:
     settings = Config().model_dump(mode="json")
-    assert Config().flat().keys() - decisive(settings).keys() == FREE_KEYS
-    assert {"training.seed", "training.threads", "training.device", "data.corpus"} <= decisive(settings).keys()
-
-
-def test_settings_of_the_users_own_are_decisive_like_the_recipes() -> None:
-    own = {"training": {"epochs": 3, "epochs_of_rest": 1}, "checkpoint": {"x": 1}, "checkpoints": 2, "size": [1]}
+    found = decisive(settings, is_recipe=True)
+    assert Config().flat().keys() - found.keys() == FREE_KEYS
+    assert {"training.seed", "training.threads", "training.device", "data.corpus"} <= found.keys()
     # The prefix of a name is not the name.
-    assert decisive(own) == {"training.epochs_of_rest": 1, "checkpoints": 2, "size": "[1]"}
+    assert decisive({"training": {"epochs_of_rest": 1}, "checkpoints": 2}, is_recipe=True) == {
+        "training.epochs_of_rest": 1,
+        "checkpoints": 2,
+    }
+
+
+def test_settings_of_the_users_own_are_all_decisive() -> None:
+    own = {"training": {"epochs": 3}, "checkpoint": "base.pt", "tracking": {"x": 1}, "size": [1]}
+    assert decisive(own, is_recipe=False) == {
+        "training.epochs": 3,
+        "checkpoint": "base.pt",
+        "tracking.x": 1,
+        "size": "[1]",
+    }
 
 
 def test_settings_come_back_from_their_yaml() -> None:

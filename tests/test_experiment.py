@@ -31,18 +31,22 @@ from experiments import (
     train,
 )
 from sonosco_mlflow.canary import canary
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.models import build_model
 from sonosco_mlflow.serialization import checkpoint as checkpoint_module
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint, verify_checkpoint
+from sonosco_mlflow.tracking import open_run
+from sonosco_mlflow.tracking.changes import Change, input_changes
 from sonosco_mlflow.tracking.checkpoints import Deserializer
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin
+from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import download
 from sonosco_mlflow.tracking.tags import OWNER
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping
@@ -354,13 +358,16 @@ def test_an_end_that_is_repeated_verifies_the_tests_metrics(
     assert "evaluation/test_hypotheses.json" in artifacts(run_id, "evaluation")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_without_any_checkpoint_a_run_starts_over_and_its_rows_are_verified(
-    whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path
+    whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path, threads: int
 ) -> None:
     first = run_experiment(toy_trainer(tone_manifest, stop_at=3), project)
     shutil.rmtree(first.folder / "checkpoints")
     first.run.delete_artifact("checkpoints")
     timings = {key: value for key, value in rows(first.run.id).items() if is_timing(key[0])}
+    # On a machine of more cores: the run's own number is set again.
+    torch.set_num_threads(threads)
     again = go_on(first.run.id, toy_trainer(tone_manifest), project)
     assert_as_if_never_stopped(again, whole, tmp_path)
     assert again.opened.recording.journal.verified_steps == {1, 2, 3}
@@ -607,6 +614,49 @@ def test_a_run_whose_provenance_fails_does_not_stay_open(tmp_path: Path, monkeyp
     assert run.data.tags["sonosco.error"] == "OSError: no snapshot today"
 
 
+def test_settings_that_cannot_be_kept_open_no_run(stopped: Experiment, project: Path) -> None:
+    before = {run.info.run_id for run in mlflow.search_runs(["0"], output_format="list")}
+    with pytest.raises(UserError, match=r"^data\.folder: found PosixPath\('corpus'\), a pathlib\.PosixPath"):
+        Experiment.create({"data": {"folder": Path("corpus")}}, project=project)
+    with pytest.raises(UserError, match=r"^data\.folder: found"):
+        Experiment.resume(stopped.run.id, {"data": {"folder": Path("corpus")}}, project=project)
+    assert {run.info.run_id for run in mlflow.search_runs(["0"], output_format="list")} == before
+    Lease.take(stopped.run.id).release()
+
+
+def test_another_tuple_in_settings_is_another_recipe(tone_manifest: Manifest, project: Path) -> None:
+    experiment = Experiment.create({"betas": (0.9, 0.98)}, project=project)
+    train(experiment, toy_trainer(tone_manifest, stop_at=2))
+    assert mlflow.get_run(experiment.run.id).data.params == {"config.betas": "[0.9, 0.98]"}
+    with pytest.raises(UserError, match=r"betas was '\[0\.9, 0\.98\]', is '\[0\.9, 0\.999\]'"):
+        go_on(experiment.run.id, toy_trainer(tone_manifest), project, config={"betas": (0.9, 0.999)})
+    go_on(experiment.run.id, toy_trainer(tone_manifest), project, config={"betas": (0.9, 0.98)})
+
+
+def test_a_key_of_the_users_own_counts_though_the_recipe_has_one_of_that_name(
+    tone_manifest: Manifest, project: Path, tmp_path: Path
+) -> None:
+    base, large = {"checkpoint": "base.pt"}, {"checkpoint": "large.pt"}
+    first = train(Experiment.create(base, project=project), toy_trainer(tone_manifest, stop_at=2))
+    with pytest.raises(UserError, match=r"checkpoint was 'base\.pt', is 'large\.pt'"):
+        go_on(first.run.id, toy_trainer(tone_manifest), project, config=large)
+    other = train(Experiment.create(large, project=project), toy_trainer(tone_manifest, stop_at=2))
+    segments = [newest_segment(mlflow.get_run(experiment.run.id)) for experiment in (first, other)]
+    tags_of = [tags(experiment.run.id) for experiment in (first, other)]
+    (change,) = input_changes(segments[0], tags_of[0], segments[1], tags_of[1], project)
+    assert change == Change("config", ("checkpoint was 'base.pt', is 'large.pt'",))
+
+
+def test_a_recipe_goes_on_as_one_where_the_run_is_all_that_is_named(tone_manifest: Manifest, project: Path) -> None:
+    first = train(Experiment.create(Config(), project=project), toy_trainer(tone_manifest, stop_at=2))
+    again = go_on(first.run.id, toy_trainer(tone_manifest, stop_at=4), project)
+    assert again.origin.command.trains_recipe
+    # Free to change, as in the first place.
+    config = Config.resolve({}, {"data.workers": "1", "checkpoint.keep_last": "3"})
+    go_on(first.run.id, toy_trainer(tone_manifest), project, config=config)
+    assert tags(first.run.id)["sonosco.state"] == "finished"
+
+
 def test_a_step_that_comes_out_otherwise_stops_the_run(tone_manifest: Manifest, project: Path) -> None:
     first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
     client = mlflow.MlflowClient()
@@ -728,6 +778,7 @@ def test_a_run_of_which_nobody_could_be_told_that_it_is_finished_is_no_success(
 ) -> None:
     experiment = Experiment.create(SETTINGS, project=project, name="toy")
     with monkeypatch.context() as patch:
+        patch.setattr(open_run, "PATIENCE_AT_END", 1.0)
         patch.setattr(TrackedRun, "end", Mock(side_effect=ConnectionError("the server is away")))
         with pytest.raises(ConnectionError):
             train(experiment, toy_trainer(tone_manifest))

@@ -14,7 +14,18 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # From the bottom to the top: a module may import its own storey and those before it.
 STOREYS = [
-    *("errors", "config", "console", "text", "background", "serialization", "determinism", "canary", "data"),
+    *(
+        "errors",
+        "settings",
+        "config",
+        "console",
+        "text",
+        "background",
+        "serialization",
+        "determinism",
+        "canary",
+        "data",
+    ),
     *("decoding", "models", "metrics", "training", "testing", "tracking", "evaluation", "serving", "reporting"),
     *(
         "experiment",

@@ -8,33 +8,43 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import mlflow
 import pytest
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as TrackingStore
 
 from experiments import SETTINGS, Interrupt, all_artifacts, go_on, new_project, rows, run_experiment, toy_trainer, train
+from sonosco_mlflow import background, determinism
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.console import console_log
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.models import build_model
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint
 from sonosco_mlflow.tracking import open_run
 from sonosco_mlflow.tracking.checkpoints import upload_checkpoint
-from sonosco_mlflow.tracking.journal import Journal, read_rows
+from sonosco_mlflow.tracking.journal import Journal, Row, read_rows
 from sonosco_mlflow.tracking.lease import VANISHED, Lease, condition
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.resumption import find_unfinished
-from sonosco_mlflow.tracking.store import download, find_run
+from sonosco_mlflow.tracking.store import download, find_run, models_of
 from sonosco_mlflow.tracking.tags import HEARTBEAT, OWNER
+from sonosco_mlflow.tracking.verification import verify_run
 from sonosco_mlflow.training.callbacks import Callback, ModelCheckpoint
 from sonosco_mlflow.training.interruption import LeaveAtOnce, Terminated
 from sonosco_mlflow.training.trainer import ModelTrainer
+from toy import TOKENIZER, tone_loader
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 LONGEST_WAIT = 30.0  # only a test that fails waits so long
@@ -164,6 +174,113 @@ def test_an_interrupt_as_the_store_is_told_leaves_no_run_that_is_called_finished
     assert status(stopping) == ("KILLED", "interrupted")
 
 
+# ------------------------------------------------------------------ a store that is away for a moment, in the very end
+
+
+class Outages:
+    """Each call to the store is refused once, and is answered once by nothing though it was obeyed; while armed."""
+
+    CALLS: ClassVar[Mapping[type, tuple[str, ...]]] = {
+        TrackingStore: (
+            *("get_run", "set_tag", "log_batch", "update_run_info", "log_outputs", "search_logged_models"),
+            *("create_logged_model", "finalize_logged_model", "delete_logged_model", "set_logged_model_tags"),
+        ),
+        RegistryStore: (
+            *("create_registered_model", "create_model_version", "search_model_versions"),
+            *("set_registered_model_alias", "get_registered_model"),
+        ),
+        LocalArtifactRepository: ("log_artifact", "log_artifacts", "list_artifacts", "delete_artifacts"),
+    }
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.armed = False
+        self.counts: dict[tuple[str, str], int] = {}
+        self._inside = threading.local()
+        for owner, names in self.CALLS.items():
+            for name in names:
+                patch.setattr(owner, name, self._interrupted(name, getattr(owner, name)))
+
+    def _interrupted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            if not self.armed or getattr(self._inside, "call", False):
+                return call(*arguments, **options)
+            # Of a tag its key, of a file its name: others of these are other calls.
+            what = [getattr(item, "key", "") for item in arguments] if name == "set_tag" else []
+            what += [Path(arguments[1]).name] if name == "log_artifact" else []
+            key = (name, "".join(what))
+            self.counts[key] = number = self.counts.get(key, 0) + 1
+            refused = MlflowException("API request to http://127.0.0.1:1/api failed with exception refused")
+            if number == 1:
+                raise refused
+            self._inside.call = True
+            try:
+                answer = call(*arguments, **options)
+            finally:
+                self._inside.call = False
+            if number == 2:
+                raise refused
+            return answer
+
+        return interrupted
+
+
+def test_a_store_that_is_away_for_a_moment_fails_no_run_that_is_complete(
+    tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(background, "LONGEST_PAUSE", 0.002)
+    # Drawn again at each further try; they take most of the time, and ask no store.
+    for picture in ("learning_curves", "mel_spectrogram", "alignment_picture"):
+        monkeypatch.setattr(f"sonosco_mlflow.reporting.{picture}", lambda *arguments: b"a picture")
+    outages = Outages(monkeypatch)
+    finish_training = Experiment._finish
+
+    def arm(self: Experiment, trainer: ModelTrainer) -> None:
+        outages.armed = True
+        finish_training(self, trainer)
+
+    def trainer(*observers: Callback) -> ModelTrainer:
+        torch.manual_seed(0)
+        settings = {"channels": [2], "blocks": [1], "decoder_size": 16, "kernel": 3, "strides": [2]}
+        model = build_model("tds", "small", n_mels=8, vocabulary_size=TOKENIZER.vocabulary_size, settings=settings)
+        loader = tone_loader(tone_manifest, seed=None)
+        made = ModelTrainer(model, train_loader=tone_loader(tone_manifest), val_loader=loader, epochs=1)
+        for observer in observers:
+            made.attach(observer)
+        return made
+
+    def run(experiment: Experiment, trainer: ModelTrainer) -> None:
+        experiment.setup_model_trainer(trainer, test_loader=trainer.val_loader, registered_model="interrupted")
+        experiment.start()
+
+    first = Experiment.create(SETTINGS, project=project, name="toy")
+    with pytest.raises(KeyboardInterrupt):
+        run(first, trainer(Interrupt(2)))
+    first.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "_finish", arm)
+        again = Experiment.resume(first.run.id, project=project)
+        run(again, trainer())
+    outages.armed = False
+    interrupted = {name for name, _ in outages.counts}
+    assert interrupted >= {"set_tag", "log_batch", "update_run_info", "log_outputs", "create_logged_model"}
+    assert interrupted >= {"log_artifact", "log_artifacts", "create_model_version", "set_registered_model_alias"}
+    assert ("log_artifact", "ledger.json") in outages.counts
+    assert ("set_tag", "sonosco.state") in outages.counts
+    assert status(again) == ("FINISHED", "finished")
+    client = mlflow.MlflowClient()
+    found = client.get_run(first.run.id)
+    histories = [client.get_metric_history(first.run.id, name) for name in found.data.metrics if "system/" not in name]
+    positions = [(item.key, item.step) for history in histories for item in history]
+    assert len(positions) == len({*positions})
+    assert "resume.verified_steps" in found.data.metrics
+    (model,) = (model for model in models_of(first.run.id) if model.name == "model")
+    (version,) = client.search_model_versions("name = 'interrupted'")
+    assert (version.run_id, version.source) == (first.run.id, f"models:/{model.model_id}")
+    assert "sonosco.ledger_digest" in found.data.tags
+    assert verify_run(first.run.id).findings == ()
+
+
 # ------------------------------------------------------------------ a run that is another's, or nobody's
 
 
@@ -222,6 +339,7 @@ def test_a_run_that_was_killed_before_it_kept_its_recipe_is_not_one_to_go_on_wit
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"size": "of this test"}
+    determinism.configure(1)
     origin = Origin.take(settings, project)
     with monkeypatch.context() as patch:
         patch.setattr(Origin, "log_recipe", Mock(side_effect=ConnectionError("the server is away")))
@@ -231,6 +349,30 @@ def test_a_run_that_was_killed_before_it_kept_its_recipe_is_not_one_to_go_on_wit
     experiment = Experiment.create(settings, project=project, name="toy")
     assert find_unfinished("Default", origin, "") == experiment.run.id
     experiment.opened.close("interrupted")
+
+
+def test_the_run_to_go_on_with_is_found_by_what_decides(project: Path) -> None:
+    def found(**overrides: str) -> str | None:
+        config = Config.resolve({}, {"training.seed": "77", **overrides})
+        return find_unfinished("Default", Origin.take(config, project), "")
+
+    experiment = Experiment.create(Config.resolve({}, {"training.seed": "77"}), project=project, name="toy")
+    experiment.opened.close("interrupted")
+    (project / "model.py").touch()
+    for command in (["add", "--all"], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], cwd=project, check=True)
+    assert found() == experiment.run.id
+    assert found(**{"data.workers": "2", "checkpoint.keep_last": "5", "tracking.run_name": "x"}) == experiment.run.id
+    assert found(**{"optimizer.lr": "0.5"}) is None
+    # The same bits on the way, but another end.
+    assert found(**{"training.epochs": "11"}) is None
+    (project / "model.py").write_text("x = 2\n")
+    assert found() is None
+    (project / "model.py").write_text("x = 1\n")
+    assert found() == experiment.run.id
+    # One that has lost its recipe cannot go on, and keeps no other from beginning.
+    experiment.run.delete_artifact("config")
+    assert found() is None
 
 
 @pytest.mark.parametrize("step", [(TrackedRun, "reopen"), (TrackedRun, "open_ledger")])
@@ -305,6 +447,21 @@ def test_a_run_does_not_go_on_without_the_journal_of_its_checkpoint(
     assert mlflow.get_run(first.run.id).info.status == before[0].status
     assert all_artifacts(first.run.id) == before[1]
     journal.write_bytes(whole)
+    finish(first.run.id, tone_manifest, project)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 400 + b"\n", b"\0" * 400, b'{"micro\n'], ids=["zeros", "zeros alone", "torn"])
+def test_what_a_crash_left_behind_the_rows_of_the_checkpoint_is_no_damage(
+    tone_manifest: Manifest, project: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
+    artifacts = Path(find_run(first.run.id).info.artifact_uri.removeprefix("file://"))
+    shutil.rmtree(artifacts / "checkpoints" / "step-00000005")
+    (artifacts / "journal.jsonl").unlink()
+    journal = first.folder / "journal.jsonl"
+    # The length of a file may be on the disk, and the end of it, and not what lies between.
+    journal.write_bytes(journal.read_bytes() + tail + Row(7, 7, 8, {"train_loss": 9.0}).line())
+    monkeypatch.setattr("sonosco_mlflow.tracking.resumption.metric_records", lambda run_id: {})
     finish(first.run.id, tone_manifest, project)
 
 

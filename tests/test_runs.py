@@ -8,12 +8,13 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from project import make_project
+from project import make_project, run
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.runs import Outcome, evaluate, recognizer_of, report, run_of, train
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
+from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import download
 from toy import ALPHABET
 
@@ -73,6 +74,22 @@ def test_the_recipe_decides_which_checkpoints_are_kept(project: Path) -> None:
     assert [step % 2 for step in kept[:-1]] == [0, 0, 0]
     stored = mlflow.MlflowClient().list_artifacts(run_id, "checkpoints")
     assert [int(item.path.rpartition("-")[2]) for item in stored] == kept
+
+
+def test_a_run_that_was_cut_off_goes_on_though_what_decides_no_bit_has_changed(project: Path) -> None:
+    settings = {"data__frames_per_batch": "100", "training__seed": "7"}
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(project, **settings), project, prepare=False, until_step=2)
+    before = mlflow.MlflowClient().search_runs(["0"], "tags.`sonosco.kind` = 'train'")
+    commit = ["commit", "--quiet", "--allow-empty", "--message", "the same code"]
+    run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *commit], project)
+    other = recipe(project, **settings, data__workers="1", checkpoint__keep_last="3")
+    outcome = train(other, project, prepare=False, go_on=True)
+    assert outcome is not None
+    assert outcome.run_id == before[0].info.run_id
+    assert len(mlflow.MlflowClient().search_runs(["0"], "tags.`sonosco.kind` = 'train'")) == len(before)
+    # As it now is asked for, not as it was.
+    assert Config.resolve(newest_segment(mlflow.get_run(outcome.run_id)).settings(), {}) == other
 
 
 def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(

@@ -3,13 +3,13 @@
 They are two so that a tracking server that neither answers nor refuses keeps no state from the disk. What it refuses
 for being away is tried again until it is back. Any other error ends its thread's work, not the other's, and is raised
 where the training asks for it, at its next step: a store that refuses what it is sent keeps no state from the disk
-either.
+either. What is left to do when the training has ended is tried again here, by the same rule (:func:`persist`).
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from sonosco_mlflow.errors import UserError
@@ -53,7 +53,7 @@ class Background:
         self._writes = _Lane()
         self._deliveries = _Lane()
         self._closed = False
-        self._pause = FIRST_PAUSE
+        self._pauses = _pauses()
         self._not_before = 0.0
         self.absence: Exception | None = None
         """Why deliveries wait, or None."""
@@ -175,7 +175,7 @@ class Background:
         with self._changed:
             lane.running = False
             if lane is self._deliveries:
-                self.absence, self._pause = None, FIRST_PAUSE
+                self.absence, self._pauses = None, _pauses()
             self._changed.notify_all()
 
     def _after_error(self, error: BaseException, task: Task, lane: _Lane) -> None:
@@ -184,11 +184,43 @@ class Background:
             if lane is self._deliveries and isinstance(error, Exception) and self._is_away(error):
                 lane.waiting.appendleft(task)
                 self.absence = error
-                self._not_before = time.monotonic() + self._pause
-                self._pause = min(2 * self._pause, LONGEST_PAUSE)
+                self._not_before = time.monotonic() + next(self._pauses)
             else:
                 lane.error = error
             self._changed.notify_all()
+
+
+def persist(task: Task, is_away: Callable[[Exception], bool], patience: float) -> None:
+    """Do ``task`` here, and again for as long as the other side is away; it must be one that can be repeated.
+
+    Args:
+        task: what is to be done.
+        is_away: whether an error means that the other side is away and will be back.
+        patience: seconds after the first such error in which it is tried again.
+
+    Raises:
+        Exception: what ``task`` raised last.
+    """
+    until = None
+    for pause in _pauses():
+        try:
+            task()
+        except Exception as error:
+            now = time.monotonic()
+            until = now + patience if until is None else until
+            if not is_away(error) or now + pause > until:
+                raise
+        else:
+            return
+        time.sleep(pause)
+
+
+def _pauses() -> Iterator[float]:
+    """Yield the seconds to wait before each further try."""
+    pause = FIRST_PAUSE
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def within(seconds: float | None, task: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.settings import plain_settings
 
 Scalar = None | bool | int | float | str
 Positive = Annotated[int, Field(gt=0)]
@@ -270,24 +271,34 @@ def settings_yaml(settings: Mapping[str, object]) -> str:
     return stream.getvalue()
 
 
-def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Scalar]]:
-    """Yield the leaves of nested mappings under dotted keys; lists become their JSON text."""
+def flatten(settings: Mapping[str, object]) -> Iterator[tuple[str, Scalar]]:
+    """Yield the leaves of nested mappings under dotted keys; lists become their JSON text.
+
+    Raises:
+        UserError: as :func:`plain_settings`.
+    """
+    yield from _leaves(plain_settings(settings), "")
+
+
+def _leaves(tree: Mapping[str, object], prefix: str) -> Iterator[tuple[str, Scalar]]:
     for key, value in tree.items():
         match value:
             case dict():
-                yield from flatten(value, f"{prefix}{key}.")
+                yield from _leaves(value, f"{prefix}{key}.")
             case list():
                 yield prefix + key, json.dumps(value)
             case None | bool() | int() | float() | str():
                 yield prefix + key, value
 
 
-def decisive(settings: Mapping[str, object]) -> dict[str, Scalar]:
-    """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`)."""
+def decisive(settings: Mapping[str, object], *, is_recipe: bool) -> dict[str, Scalar]:
+    """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`).
+
+    Of those that are no recipe, but a program's own, nobody here knows which these are: all of them are returned.
+    """
+    idle = NOT_DECISIVE if is_recipe else ()
     return {
-        key: value
-        for key, value in flatten(settings)
-        if not any(f"{key}.".startswith(f"{name}.") for name in NOT_DECISIVE)
+        key: value for key, value in flatten(settings) if not any(f"{key}.".startswith(f"{name}.") for name in idle)
     }
 
 

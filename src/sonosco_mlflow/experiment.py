@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from signal import SIGINT
 from typing import Self, TypeVar
@@ -34,10 +35,11 @@ from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
 from sonosco_mlflow.serving.logging import trained_recognizer
+from sonosco_mlflow.settings import plain_settings
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.open_run import PATIENCE_AT_END, OpenRun
+from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
 from sonosco_mlflow.tracking.resumption import Resumption
@@ -122,12 +124,16 @@ class Experiment:
         number as it is; a resume sets it again.
 
         Args:
-            config: the recipe, or any nested mapping of your own settings; logged flattened.
+            config: the recipe, or a nested mapping of your own settings (texts, numbers, lists); logged flattened.
             serializer: writes the trainer's objects into checkpoints.
             name: of the run in the UI; a short piece of its id is added.
             experiment: MLflow experiment for a run that ``mlflow run`` has not made already.
             project: folder whose code is kept; the run's files go to ``project/runs``.
+
+        Raises:
+            UserError: settings of your own hold what cannot be kept; no run is opened.
         """
+        config = _keepable(config)
         connect(project)
         threads = config.training.threads if isinstance(config, Config) else torch.get_num_threads()
         determinism.configure(threads)
@@ -180,14 +186,17 @@ class Experiment:
             project: folder with the code; the run's files go to ``project/runs``.
 
         Raises:
-            UserError: there is no such training run, or another process trains it.
+            UserError: there is no such training run, another process trains it, or settings of your own hold what
+                cannot be kept.
         """
+        config = None if config is None else _keepable(config)
         connect(project)
         resumption = Resumption.begin(run_id, project, allowed_changes)
         try:
+            config = resumption.recipe if config is None else config
             threads = config.training.threads if isinstance(config, Config) else resumption.threads
             determinism.configure(threads or torch.get_num_threads())
-            origin = Origin.take(resumption.settings if config is None else config, project)
+            origin = Origin.take(config, project)
             arguments = (resumption.tracked, resumption.lease, serializer or Serializer(), resumption.folder, origin)
             return cls(*arguments, resumption)
         except BaseException:
@@ -369,7 +378,10 @@ class Experiment:
             # No checkpoint counts it: a resume makes it again.
             self.opened.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
         weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
-        self.opened.recording.finish(PATIENCE_AT_END)
+        self.opened.complete(partial(self._show, trainer, weights))
+
+    def _show(self, trainer: ModelTrainer, weights: Path | None) -> None:
+        """Write to the run what it is when it has come to its end; again, where a server went away meanwhile."""
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
         log_results(self.run, trainer, self.history, self.test, self._test_loader, self._registered_model)
@@ -378,6 +390,10 @@ class Experiment:
         if self._trainer is None:
             raise UserError("the experiment has no trainer yet; call setup_model_trainer first")
         return self._trainer
+
+
+def _keepable(config: Config | Mapping[str, object]) -> Config | Mapping[str, object]:
+    return config if isinstance(config, Config) else plain_settings(config)
 
 
 def _state_after(error: BaseException) -> tuple[str, Exception | None]:

@@ -28,7 +28,7 @@ def log_results(
     test_loader: AudioDataLoader | None,
     registered_model: str | None,
 ) -> None:
-    """Log to ``run`` everything that a reader wants to see of a training that has ended.
+    """Log to ``run`` everything that a reader wants to see of a training that has ended; again, nothing is there twice.
 
     Args:
         run: where to.

@@ -69,8 +69,8 @@ def train(
         project: folder with ``dvc.yaml``.
         prepare: bring the data up to date first; inside a DVC stage it already is.
         results: folder for what DVC keeps of a run: its id, its metrics, its learning curves.
-        go_on: continue the newest run of this very recipe, code and data that did not come to its end, if there is one:
-            a DVC stage that was killed is run again by the same command.
+        go_on: continue the newest run that would have come to the same end and did not, if there is one: a DVC stage
+            that was killed is run again by the same command.
         until_step: stop after this optimizer step, as an interrupt does.
 
     Returns:
@@ -83,7 +83,7 @@ def train(
     settings = check_recipe(config)
     if go_on and (unfinished := _unfinished(config, project)) is not None:
         print(f"continuing run {unfinished}, which did not come to its end")
-        return resume(unfinished, project, prepare=prepare, results=results)
+        return _continue(unfinished, config, project, (), prepare=prepare, results=results, until_step=until_step)
     name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
     with Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project) as experiment:
         experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
@@ -127,9 +127,22 @@ def resume(
         tracked.leave()
         return None
     check_recipe(config)
+    return _continue(run_id, config, project, allowed_changes, prepare=prepare, results=results)
+
+
+def _continue(
+    run_id: str,
+    config: Config,
+    project: Path,
+    allowed_changes: Iterable[str],
+    *,
+    prepare: bool,
+    results: Path | None,
+    until_step: int | None = None,
+) -> Outcome | None:
     with Experiment.resume(run_id, config, allowed_changes=allowed_changes, project=project) as experiment:
         folder = _data_of(experiment, config, project) if prepare else _current_data(config, project)
-        return _train(experiment, config, folder, results)
+        return _train(experiment, config, folder, results, until_step)
 
 
 def _train(
@@ -312,7 +325,7 @@ def _recipe_of(newest: Segment) -> Config:
     Raises:
         UserError: it trains none.
     """
-    if not newest.trains_recipe:
+    if not newest.trains_recipe():
         raise UserError(
             f"run {newest.run_id} trains no recipe, but what a program of its own sets up: there "
             f'Experiment.resume("{newest.run_id}") continues it'

@@ -71,11 +71,16 @@ class File:
     synced: bytes = b""
 
     def crashed(self, choose: Choice) -> bytes:
-        """Return what is read after a crash: what was synced, and of what came after it some first part."""
+        """Return what is read after a crash: what was synced, and of what came after it some first part.
+
+        Where a file system has kept the length and not the content, zeros are read behind it.
+        """
         if not self.content.startswith(self.synced):
             return self.content if choose() >= 1 else self.synced
         more = len(self.content) - len(self.synced)
-        return self.content[: len(self.synced) + int(more * choose())]
+        kept = int(more * choose())
+        zeros = more - kept if 0.5 < choose() < 1 else 0
+        return self.content[: len(self.synced) + kept] + bytes(zeros)
 
 
 @dataclass
@@ -180,10 +185,11 @@ def _write(directory: Directory, folder: Path, choose: Choice) -> None:
 
 
 def choices(seed: int, count: int) -> Iterator[tuple[str, Choice]]:
-    """Yield, by name: all that was not synced is lost; all is kept; half of everything; and ``count`` by chance."""
+    """Yield, by name: all that was not synced is lost; all is kept; parts of it; and ``count`` by chance."""
     yield "all lost", lambda: 0.0
     yield "all kept", lambda: 1.0
     yield "half of everything", lambda: 0.5
+    yield "three quarters of everything, and zeros", lambda: 0.75
     for number in range(count):
         stream = random.Random(1000 * seed + number)
         yield f"by chance ({seed}, {number})", lambda stream=stream: stream.choice((0.0, 0.25, 0.5, 0.75, 1.0))

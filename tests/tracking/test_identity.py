@@ -93,8 +93,9 @@ def test_what_one_side_does_not_know_is_not_compared() -> None:
 
 
 def test_a_config_difference_names_keys_and_both_values() -> None:
-    recorded = decisive({"optimizer": {"lr": 0.1, "name": "adam"}, "schedule": {"epochs": [1, 2]}, "gone": None})
-    present = decisive({"optimizer": {"lr": 0.2, "name": "adam"}, "schedule": {"epochs": [1, 3]}, "come": "x"})
+    was = {"optimizer": {"lr": 0.1, "name": "adam"}, "schedule": {"epochs": [1, 2]}, "gone": None}
+    now = {"optimizer": {"lr": 0.2, "name": "adam"}, "schedule": {"epochs": [1, 3]}, "come": "x"}
+    recorded, present = (decisive(settings, is_recipe=False) for settings in (was, now))
     assert config_difference(recorded, present) == (
         "optimizer.lr was 0.1, is 0.2, schedule.epochs was '[1, 2]', is '[1, 3]', come was None, is 'x'"
     )
@@ -182,12 +183,15 @@ def test_a_distribution_that_nothing_names_is_compared_where_both_have_it() -> N
 
 
 def test_what_a_run_kept_can_be_told_apart_from_the_recipe_alone(code: CodeSnapshot) -> None:
-    command = Command(("program.py",), ".", (), trains_recipe=False)
+    command = Command(("-m", "sonosco_mlflow", "train"), ".", (), trains_recipe=True)
     origin = Origin(code, ENVIRONMENT, {"training": {"epochs": 2}, "optimizer": {"lr": 0.1}}, command)
     more = replace(origin, settings={"training": {"epochs": 3}, "optimizer": {"lr": 0.1}})
     other = replace(origin, settings={"training": {"epochs": 2}, "optimizer": {"lr": 0.2}})
     # More epochs are the same way, only further; the tag still tells the recipes apart.
     assert origin.digests == more.digests != other.digests
     assert origin.tags()["sonosco.config_digest"] != more.tags()["sonosco.config_digest"]
+    # What it means in the settings of a program's own, nobody knows here.
+    own = replace(command, trains_recipe=False)
+    assert replace(origin, command=own).digests != replace(more, command=own).digests
     assert origin.digests.keys() <= CHANGE_OF.keys()
     assert json.loads(json.dumps(origin.digests)) == origin.digests

@@ -10,7 +10,15 @@ import pytest
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking import journal as journal_module
-from sonosco_mlflow.tracking.journal import DivergedError, Journal, Recorded, Row, read_rows, storable
+from sonosco_mlflow.tracking.journal import (
+    DamagedJournalError,
+    DivergedError,
+    Journal,
+    Recorded,
+    Row,
+    read_rows,
+    storable,
+)
 
 LARGEST = 1.7976931348623157e308
 NAN, INFINITY = float("nan"), float("inf")
@@ -91,7 +99,7 @@ def test_every_value_comes_back_to_the_bit(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "torn", [b"", b"{", b'{"micro_step": 3, "step": 3, "timestamp": 9, "metrics": {"a": 1.0}}', b"\xff"]
+    "torn", [b"", b"{", b'{"micro_step": 3, "step": 3, "timestamp": 9, "metrics": {"a": 1.0}}', b"\xff", b"\0" * 4096]
 )
 def test_a_last_line_that_a_crash_cut_short_is_no_row(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "journal.jsonl"
@@ -117,8 +125,9 @@ def test_a_last_line_that_a_crash_cut_short_is_no_row(tmp_path: Path, torn: byte
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_bytes(Row(1, 1, 7, {"a": 1.0}).line() + broken + b"\n" + Row(3, 3, 8).line())
-    with pytest.raises(UserError, match=r"journal\.jsonl:2: not a row of a journal "):
+    with pytest.raises(DamagedJournalError, match=r"journal\.jsonl:2: not a row of a journal ") as raised:
         read_rows(path)
+    assert [row.step for row in raised.value.rows] == [1]
 
 
 def test_a_missing_journal_has_no_rows(tmp_path: Path) -> None:

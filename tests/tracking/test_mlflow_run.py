@@ -196,6 +196,36 @@ def test_the_launchers_run_becomes_the_record_of_a_segment(
     assert "sonosco.segments" not in find_run(launched).data.tags
 
 
+@pytest.mark.parametrize("launched_again", [False, True])
+def test_the_record_of_a_segment_that_was_killed_with_its_launcher_is_ended_by_the_next(
+    monkeypatch: pytest.MonkeyPatch, launched_again: bool
+) -> None:
+    run_id, client = interrupted_run(), mlflow.MlflowClient()
+    # In whichever experiment the launcher was told to.
+    records = [client.create_run(client.create_experiment(f"of {run_id} {number}")).info.run_id for number in (1, 2)]
+    monkeypatch.setenv("MLFLOW_RUN_ID", records[0])
+    killed = TrackedRun.find(find_run(run_id))
+    killed.reopen()
+    killed.deactivate()
+    if launched_again:
+        monkeypatch.setenv("MLFLOW_RUN_ID", records[1])
+    found = TrackedRun.find(find_run(run_id))
+    assert find_run(records[0]).info.status == "RUNNING", "until the run goes on, nobody knows"
+    found.reopen()
+    record = find_run(records[0])
+    assert (record.info.status, record.data.tags["sonosco.state"]) == ("KILLED", "interrupted")
+    found.end("finished")
+    if launched_again:
+        assert find_run(records[1]).info.status == "FINISHED"
+        # One that has told its own end, or is deleted, is left alone.
+        for spoil in (lambda: None, lambda: client.delete_run(records[1])):
+            spoil()
+            again = TrackedRun.find(find_run(run_id))
+            again.reopen()
+            again.end("interrupted")
+            assert find_run(records[1]).info.status == "FINISHED"
+
+
 def test_a_launcher_that_names_the_run_itself_makes_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = interrupted_run()
     monkeypatch.setenv("MLFLOW_RUN_ID", run_id)

@@ -150,6 +150,18 @@ def test_a_server_that_refuses_is_not_away(
     assert {name: is_away(error_of(task)) for name, task in asked.items()} == dict.fromkeys(asked, False)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_folder_whose_download_fails_with_the_connection_is_away(
+    closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    root = closed.replace("http:", f"{scheme}:") + "/api/2.0/mlflow-artifacts/artifacts/0/abc/artifacts"
+    repository: Any = get_artifact_repository(root)
+    listed = mlflow.entities.FileInfo("checkpoints/x", is_dir=False, file_size=1)
+    monkeypatch.setattr(repository, "list_artifacts", lambda path: [listed] if path == "checkpoints" else [])
+    error = error_of(lambda: repository.download_artifacts("checkpoints", str(tmp_path)))
+    assert is_away(error), error
+
+
 def test_what_hides_behind_our_own_message_is_seen(closed: str, tmp_path: Path) -> None:
     mlflow.set_tracking_uri(closed)
     try:

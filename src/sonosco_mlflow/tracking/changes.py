@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sonosco_mlflow.config import decisive, flatten
+from sonosco_mlflow.config import flatten
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import archived_contents, archived_files, is_code
 from sonosco_mlflow.tracking.environment import Environment
@@ -174,11 +174,10 @@ def machine_changes(recorded: Environment, present: Environment) -> list[str]:
 
 
 def _config(one: Segment, other: Segment) -> Change:
-    was, now = one.settings(), other.settings()
-    changed = config_changes(decisive(was), decisive(now))
+    changed = config_changes(one.decisive(), other.decisive())
     if changed:
         return Change("config", tuple(changed))
-    idle = config_changes(dict(flatten(was)), dict(flatten(now)))
+    idle = config_changes(dict(flatten(one.settings())), dict(flatten(other.settings())))
     if idle:
         return Change("config", tuple(idle), matters=False)
     return Change("config", ("the recipe that the run kept is not the one whose digest it recorded",))

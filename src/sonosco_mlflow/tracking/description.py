@@ -150,7 +150,7 @@ def _results(run: Run) -> str:
 
 def _trains_recipe(run: Run) -> bool:
     try:
-        return newest_segment(run).trains_recipe
+        return newest_segment(run).trains_recipe()
     except UserError:
         # It was killed before it told how it was started.
         return True

@@ -38,6 +38,18 @@ class DivergedError(UserError):
     """A step that was made again came out otherwise than the tracking store says it did."""
 
 
+class DamagedJournalError(UserError):
+    """A line of a journal is no row.
+
+    Attributes:
+        rows: those before it. What a crash kept from the disk lies behind the rows that a checkpoint counts.
+    """
+
+    def __init__(self, message: str, rows: "list[Row]") -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Recorded:
     """One row that the tracking store holds: the value of a metric at a step, and when it was written."""
@@ -91,7 +103,7 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of a journal; a last line that a crash cut short is none.
 
     Raises:
-        UserError: a line in its middle is no row; the message names it.
+        DamagedJournalError: a line in its middle is no row; the message names it.
     """
     if not path.exists():
         return []
@@ -101,7 +113,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows.append(Row.read(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: not a row of a journal ({error})") from error
+            raise DamagedJournalError(f"{path}:{number}: not a row of a journal ({error})", rows) from error
     return rows
 
 
@@ -201,7 +213,7 @@ class Journal(Callback, is_part_of_trainer=False):
     def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
         """Write a row with a text at the trainer's position."""
         with self._lock:
-            self._append(Row(trainer.position, trainer.progress.step, _now(), texts={name: text}))
+            self._append(Row(trainer.position, trainer.progress.step, now_ms(), texts={name: text}))
 
     def write(self, micro_step: int, step: int, metrics: Mapping[str, float]) -> None:
         """Write a row of metrics.
@@ -218,7 +230,7 @@ class Journal(Callback, is_part_of_trainer=False):
                     "record it once, in on_step_end say, or under another name"
                 )
             self._last_steps[name] = step
-        row = self._compared(Row(micro_step, step, _now(), {name: float(value) for name, value in metrics.items()}))
+        row = self._compared(Row(micro_step, step, now_ms(), {name: float(value) for name, value in metrics.items()}))
         missing = self._not_recorded(row)
         with self._lock:
             self._append(row)
@@ -334,5 +346,6 @@ def storable(value: float) -> float:
     return min(max(value, -largest), largest) + 0.0 if value == value else value
 
 
-def _now() -> int:
+def now_ms() -> int:
+    """Return the time of now in milliseconds since 1970, as a row has it."""
     return time.time_ns() // 1_000_000

@@ -31,6 +31,7 @@ from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
 from sonosco_mlflow.tracking.secrecy import without_secrets
+from sonosco_mlflow.tracking.segment_record import SegmentRecord
 from sonosco_mlflow.tracking.store import artifact_names, find_run
 from sonosco_mlflow.tracking.tags import (
     DATA_DIGEST,
@@ -45,10 +46,10 @@ from sonosco_mlflow.tracking.tags import (
     PID,
     SEGMENTS,
     STATE,
+    STATUS,
     WEIGHTS_DIGEST,
 )
 
-STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
 PARAMETER_PREFIX = "config."
 LONGEST_PARAMETER = 6000
@@ -63,19 +64,19 @@ class TrackedRun:
 
     Args:
         run: MLflow's run.
-        record: id of the run that ``mlflow run`` made for the process that continues ``run``, or None.
+        record: of the process that continues ``run``; by default none.
 
     Attributes:
         segment: 1 in the process that made the run, one more each time that it was continued.
     """
 
-    def __init__(self, run: Run, record: str | None = None) -> None:
+    def __init__(self, run: Run, record: SegmentRecord | None = None) -> None:
         self.id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.artifact_uri: str = run.info.artifact_uri
         self.segment = int(run.data.tags.get(SEGMENTS, "1"))
         self._run = run
-        self._record = record
+        self._record = record or SegmentRecord(self.id)
         self._ledger = Ledger(self.id)
         self._client = mlflow.MlflowClient()
         self._activation: Activation | None = None
@@ -123,32 +124,17 @@ class TrackedRun:
 
         Where MLflow's launcher has made a run for this process, that one becomes the record of this segment, below it.
         """
-        found = cls(run, os.environ.get("MLFLOW_RUN_ID"))
-        if found._record == found.id:
-            # `mlflow run --run-id`: should the run be refused, it is not to be marked as failed.
-            found._record = None
-            del os.environ["MLFLOW_RUN_ID"]
-        if found._record is not None:
-            segment = found.segment + 1
-            tags = {
-                KIND: "segment",
-                MLFLOW_PARENT_RUN_ID: found.id,
-                MLFLOW_RUN_NAME: f"segment-{segment}-of-{found.id[:6]}",
-                MLFLOW_RUN_NOTE: f"Segment {segment} of run `{found.id}`, which holds all that it recorded.",
-            }
-            for key, value in tags.items():
-                found._client.set_tag(found._record, key, value)
-        return found
+        segment = int(run.data.tags.get(SEGMENTS, "1")) + 1
+        return cls(run, SegmentRecord.find(run.info.run_id, segment))
 
     def reopen(self) -> None:
-        """Open the run for writing again, as its next segment."""
+        """Open the run for writing again, as its next segment; the caller has its lease."""
         os.environ.pop("MLFLOW_RUN_ID", None)
         self._activation = Activation(self.id, monitored=True)
         self.segment += 1
         self.set_tags({STATE: "running", SEGMENTS: str(self.segment)})
         self.forget_end()
-        if self._record is not None:
-            self._client.set_tag(self._record, STATE, "running")
+        self._record.begin()
 
     def forget_end(self) -> None:
         """Take back what the run says of the end that it had before."""
@@ -159,7 +145,7 @@ class TrackedRun:
     def leave(self) -> None:
         """Leave the run as it is; there was nothing to do."""
         os.environ.pop("MLFLOW_RUN_ID", None)
-        self._end_record("finished")
+        self._record.end("finished")
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; a value that is too long for the store is cut, visibly."""
@@ -319,7 +305,7 @@ class TrackedRun:
             self._client.set_terminated(run_id, STATUS[state])
         # Last: a process that is killed before it leaves a run that is seen to have vanished, and can be continued.
         self.set_tags({STATE: state})
-        self._end_record(state)
+        self._record.end(state)
 
     def abandon(self, error: BaseException) -> None:
         """End the run as what ``error`` says, unless another process has it: how it ends is that one's to say."""
@@ -331,11 +317,6 @@ class TrackedRun:
         """Make it MLflow's active run no more; the tracking store is told nothing. See :meth:`Activation.leave`."""
         if self._activation is not None:
             self._above += self._activation.leave(patience)
-
-    def _end_record(self, state: str) -> None:
-        if self._record is not None:
-            self._client.set_terminated(self._record, STATUS[state])
-            self._client.set_tag(self._record, STATE, state)
 
 
 def _require_unused(run_id: str) -> None:

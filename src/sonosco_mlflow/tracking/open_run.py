@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from signal import SIGINT
 
-from sonosco_mlflow.background import OverdueError, within
+from sonosco_mlflow.background import OverdueError, persist, within
 from sonosco_mlflow.console import console_log, say
 from sonosco_mlflow.errors import describe_failure
 from sonosco_mlflow.tracking.description import describe_run
@@ -22,7 +22,7 @@ from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.recording import Recording
 from sonosco_mlflow.tracking.secrecy import without_secrets
-from sonosco_mlflow.tracking.store import find_run
+from sonosco_mlflow.tracking.store import find_run, is_away
 from sonosco_mlflow.training.interruption import LeaveAtOnce, deferred_interrupts
 
 PATIENCE_AT_END = 600.0
@@ -65,6 +65,7 @@ class OpenRun:
         self._concluding = threading.Lock()
         self._telling = threading.Lock()
         self._told = False
+        self._leaving = False
         self._resources = ExitStack()
         segment = run.segment if is_open else run.segment + 1
         # The log of an earlier segment may lie on another machine.
@@ -84,6 +85,16 @@ class OpenRun:
         """Say in the run's description what it now is; for a reader only, so that what fails here fails no run."""
         with suppress(Exception):
             self.run.describe(describe_run(find_run(self.run.id)))
+
+    def complete(self, task: Callable[[], object]) -> None:
+        """Deliver everything that waits, and then do ``task``, which writes to the store and can be repeated.
+
+        Raises:
+            UserError: another process has taken the run over, or the server stayed away from what waited.
+            Exception: what went wrong; a server that is away is waited for before.
+        """
+        self.recording.finish(PATIENCE_AT_END)
+        self._write(task, PATIENCE_AT_END)
 
     def close(self, state: str, error: Exception | None = None) -> None:
         """Deliver what waits and end the run; one that is not open is let go of as it is.
@@ -108,7 +119,7 @@ class OpenRun:
             with deferred_interrupts(obeyed=SIGINT if state == "interrupted" else None):
                 self._close_resources()
                 # A run that is complete is worth waiting for; one that stops has its state on the disk.
-                patience = PATIENCE_AT_END if is_finished else LONGEST_STOP
+                patience = PATIENCE_AT_END + LONGEST_STOP if is_finished else LONGEST_STOP
                 within(patience, partial(self._conclude, state, message))
         except LeaveAtOnce:
             self._leave(partial(self._tell, "interrupted"))
@@ -147,6 +158,7 @@ class OpenRun:
             self._over.set()
 
     def _leave(self, tell: Callable[[], None]) -> None:
+        self._leaving = True
         self._close_resources()
         self.run.deactivate(patience=0.0)
         self.recording.stop()
@@ -183,25 +195,34 @@ class OpenRun:
         with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
             # Where the disk is full, the run's tag has the message all the same.
             log.write(message + "\n" if message else "")
+        patience = _patience_at_end_of(state)
         try:
             self.lease.check()
-            self.recording.background.settle(PATIENCE_AT_STOP)
+            self.recording.background.settle(max(patience, PATIENCE_AT_STOP))
             if state == "finished":
                 self.recording.background.check()
-            # While it waited, another process may have come; so before each of the following.
-            self.lease.confirm()
-            self.run.log_file(self._log, "logs")
+            self._write(lambda: self.run.log_file(self._log, "logs"), patience)
         finally:
             self.recording.close()
-        self.lease.confirm()
-        self.recording.deliver_end()
-        self.lease.confirm()
-        self._close_ledger()
+        self._write(self.recording.deliver_end, patience)
+        self._write(self._close_ledger, patience)
+
+    def _write(self, task: Callable[[], object], patience: float) -> None:
+        """Do ``task``, which writes to the run, if it is this process's still; a store that is away has its time."""
+
+        def confirmed() -> None:
+            # While it waited, another process may have come.
+            self.lease.confirm()
+            task()
+
+        persist(confirmed, lambda error: is_away(error) and not self._leaving, patience)
 
     def _close_ledger(self) -> None:
         try:
             self.run.close_ledger()
         except Exception as error:
+            if is_away(error):
+                raise
             # All that the run made is delivered; only its files' digests are not kept together.
             say(f"run {self.run.id} has no ledger, and less of it can be verified: {error}")
 
@@ -212,8 +233,7 @@ class OpenRun:
                 return
             self._told = True
             try:
-                self.lease.confirm()
-                self.run.end(state, message)
+                self._write(lambda: self.run.end(state, message), _patience_at_end_of(state))
             except Exception as error:
                 if state == "finished":
                     raise
@@ -222,3 +242,8 @@ class OpenRun:
                 return
             # Last: the description is of how it ended.
             self.describe()
+
+
+def _patience_at_end_of(state: str) -> float:
+    """Return the seconds that a store which is away is asked again: a run that stops has its state on the disk."""
+    return PATIENCE_AT_END if state == "finished" else 0.0

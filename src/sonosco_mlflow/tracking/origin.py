@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from sonosco_mlflow.canary import canary
-from sonosco_mlflow.config import Config, decisive, settings_digest, settings_yaml
+from sonosco_mlflow.config import Config, Scalar, decisive, settings_digest, settings_yaml
 from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
 from sonosco_mlflow.tracking.environment import Environment, describe_environment
 from sonosco_mlflow.tracking.imported_code import is_installed
@@ -127,10 +127,15 @@ class Origin:
         )
 
     @property
+    def decisive(self) -> dict[str, Scalar]:
+        """Those of the settings, flat, that decide the bits of a state."""
+        return decisive(self.settings, is_recipe=self.command.trains_recipe)
+
+    @property
     def digests(self) -> dict[str, str]:
         """What a state belongs to, as far as it is known here."""
         return {
-            "config": settings_digest(decisive(self.settings)),
+            "config": settings_digest(self.decisive),
             "code": self.code.digest,
             **self.environment.digests,
             "threads": str(self.environment.system["threads"]),

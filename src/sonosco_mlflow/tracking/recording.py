@@ -6,14 +6,14 @@ then delivered beside the training: rows, the journal, a checkpoint's files, its
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sonosco_mlflow.background import Background
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, position_of
 from sonosco_mlflow.tracking.checkpoints import put_aside_others, upload_checkpoint
-from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Records, Row
+from sonosco_mlflow.tracking.journal import JOURNAL, RESUME_METRICS, Journal, Records, Row, now_ms
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.segments import Segment
@@ -128,16 +128,21 @@ class Recording(Callback, is_part_of_trainer=False):
             self.board.close()
 
     def deliver_end(self) -> None:
-        """Deliver what is written at the end: the whole journal, TensorBoard's events."""
+        """Deliver what is written at the end: the whole journal, TensorBoard's events. It can be repeated."""
         if not self._is_current:
             return
         if self.board is not None:
             self.run.replace_folder(self.board.directory, "tensorboard")
         self._deliver_journal()
         if self.run.segment > 1:
-            counts = {"verified_steps": self.journal.verified_steps, "differing_steps": self.journal.differing_steps}
-            metrics = {f"{RESUME_METRICS}{name}": float(len(steps)) for name, steps in counts.items()}
-            self.run.log_metrics(metrics, step=self.run.segment)
+            self.run.log_rows([self._counts])
+
+    @cached_property
+    def _counts(self) -> Row:
+        """How many steps were made again, as a row; made once, so that sending it again changes nothing."""
+        counts = {"verified_steps": self.journal.verified_steps, "differing_steps": self.journal.differing_steps}
+        metrics = {f"{RESUME_METRICS}{name}": float(len(steps)) for name, steps in counts.items()}
+        return Row(0, self.run.segment, now_ms(), metrics)
 
     def _deliver_rows(self, rows: list[Row]) -> None:
         self.lease.confirm()

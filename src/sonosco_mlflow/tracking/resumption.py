@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Self
 import mlflow
 from mlflow.entities import Run
 
-from sonosco_mlflow.config import decisive, settings_digest
+from sonosco_mlflow.config import Config, flatten, settings_digest
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
 from sonosco_mlflow.tracking.code_snapshot import imported_digests
-from sonosco_mlflow.tracking.journal import JOURNAL, Records, Row, missing_row, read_rows, rows_of
+from sonosco_mlflow.tracking.journal import JOURNAL, DamagedJournalError, Records, Row, missing_row, read_rows, rows_of
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
@@ -27,11 +27,11 @@ from sonosco_mlflow.tracking.store import download, find_run, is_away
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
-    CONFIG_DIGEST,
     DATA_DIGEST,
     ENVIRONMENT_DIGEST,
     FIRST_STEP,
     FOLDER,
+    IMPORTED_DIGEST,
     KIND,
     REPRODUCES,
     STATE,
@@ -54,7 +54,8 @@ class Resumption:
         lease: this process's right to train it.
         folder: the run's own files on this machine; it may be empty.
         last: its newest segment.
-        settings: the recipe that the run kept.
+        settings: what the run kept of its recipe, or of a program's own.
+        trains_recipe: whether they are a recipe.
         checkpoint: the newest whole one, or None where the run was killed before the first.
         allowed: names of the changes that are allowed.
         changes: digests that differ (recorded, present), once :meth:`check` has compared them.
@@ -69,6 +70,7 @@ class Resumption:
     folder: Path
     last: Segment
     settings: dict[str, Any]
+    trains_recipe: bool
     checkpoint: Checkpoint | None
     allowed: frozenset[str]
     changes: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -100,17 +102,29 @@ class Resumption:
             condition = VANISHED if state == "running" else state
             folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
             last = newest_segment(run)
-            settings = last.settings()
+            settings, trains_recipe = last.settings(), last.trains_recipe()
             checkpoint = newest_checkpoint(last, folder / CHECKPOINTS)
         except BaseException:
             lease.release()
             raise
-        return cls(run, condition, tracked, lease, folder, last, settings, checkpoint, frozenset(allowed))
+        found = (run, condition, tracked, lease, folder, last, settings, trains_recipe, checkpoint)
+        return cls(*found, frozenset(allowed))
 
     @property
     def was_finished(self) -> bool:
         """Whether the run says that it came to its end."""
         return self.condition == "finished"
+
+    @property
+    def recipe(self) -> Config | dict[str, Any]:
+        """The recipe that the run goes on with by default, or the settings of a program's own.
+
+        Raises:
+            UserError: what the run kept is no recipe of this version.
+        """
+        if not self.trains_recipe:
+            return self.settings
+        return Config.resolve(self.settings, {}, origin=f"run {self.tracked.id}")
 
     @property
     def threads(self) -> int | None:
@@ -139,7 +153,7 @@ class Resumption:
             present,
             self.allowed,
             {
-                "config": lambda: identity.config_difference(decisive(self.settings), decisive(origin.settings)),
+                "config": lambda: identity.config_difference(last.decisive(), origin.decisive),
                 "code": lambda: identity.code_difference(last.archive(), origin.code.archive),
                 "imported": lambda: identity.code_difference(last.archive(), origin.code.archive),
                 "data": lambda: identity.data_difference(last.lineage(), lineage.to_json()),
@@ -200,8 +214,12 @@ class Resumption:
         places["the metrics in MLflow"] = lambda: rows_of(self.records, micro_step, step, names)
         problems = []
         for place, read in places.items():
+            damage = ""
             try:
                 rows = read()
+            except DamagedJournalError as error:
+                # Behind the rows that the checkpoint counts it is of a crash, as a torn line is.
+                rows, damage = error.rows, str(error)
             except UserError as error:
                 if is_away(error):
                     raise
@@ -212,7 +230,7 @@ class Resumption:
                 if problems:
                     warnings.warn(f"the journal is taken from {place}: {'; '.join(problems)}", stacklevel=2)
                 return rows
-            problems.append(f"{place}: lacks {lacks}")
+            problems.append(damage or f"{place}: lacks {lacks}")
         raise UserError(
             f"run {self.tracked.id} cannot go on from {directory.name}, whose metrics are not all in its journal:\n"
             + "".join(f"  {problem}\n" for problem in problems)
@@ -245,21 +263,40 @@ class Resumption:
         tags = self.run.data.tags
         names = {"code": CODE_DIGEST, "environment": ENVIRONMENT_DIGEST, "canary": CANARY, "data": DATA_DIGEST}
         found = {name: tags[tag] for name, tag in names.items() if tag in tags}
-        return {**found, "config": settings_digest(decisive(self.settings))}
+        found["threads"] = str(self.last.environment().system["threads"])
+        return {**found, "config": settings_digest(self.last.decisive())}
 
 
 def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | None:
-    """Return the newest training run of an experiment that began as one would now, and did not come to its end."""
+    """Return the newest training run of an experiment that would come to where one would that began now, and did not.
+
+    What decides that is compared, as for every run that goes on, and the number of epochs.
+    """
     known = mlflow.get_experiment_by_name(experiment)
     if known is None:
         return None
-    expected = {**origin.tags(), DATA_DIGEST: data_digest}
-    same_recipe = f"tags.`{KIND}` = 'train' and tags.`{CONFIG_DIGEST}` = '{expected[CONFIG_DIGEST]}'"
-    for run in mlflow.MlflowClient().search_runs([known.experiment_id], same_recipe):
+    deciding = (CODE_DIGEST, IMPORTED_DIGEST, ENVIRONMENT_DIGEST, CANARY)
+    expected = {tag: digest for tag, digest in origin.tags().items() if tag in deciding} | {DATA_DIGEST: data_digest}
+    same_code = f"tags.`{KIND}` = 'train' and tags.`{CODE_DIGEST}` = '{expected[CODE_DIGEST]}'"
+    for run in mlflow.MlflowClient().search_runs([known.experiment_id], same_code):
         tags = run.data.tags
         if tags.get(STATE) == "finished" or REPRODUCES in tags:
             continue
         # A run that was killed early has no data yet.
-        if all(tags.get(name, value) == value for name, value in expected.items()):
+        same = all(tags.get(name, value) == value for name, value in expected.items())
+        if same and _trains_as(newest_segment(run), origin):
             return str(run.info.run_id)
     return None
+
+
+def _trains_as(segment: Segment, origin: Origin) -> bool:
+    try:
+        settings, decisive = segment.settings(), segment.decisive()
+    except UserError as error:
+        if is_away(error):
+            raise
+        # One that has lost its recipe cannot go on.
+        return False
+    # More epochs change no bit on the way, but where it ends.
+    epochs = [dict(flatten(each)).get("training.epochs") for each in (settings, origin.settings)]
+    return epochs[0] == epochs[1] and settings_digest(decisive) == origin.digests["config"]

@@ -24,9 +24,11 @@ from mlflow.entities import Run
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from sonosco_mlflow.config import Scalar, decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import Checkpoint, position_of
 from sonosco_mlflow.tracking.environment import Environment
+from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names
 from sonosco_mlflow.tracking.tags import SEGMENTS
 
@@ -111,6 +113,18 @@ class Segment:
         except (YAMLError, TypeError, ValueError) as error:
             raise UserError(f"runs:/{self.run_id}/{name}: not a recipe ({error})") from error
 
+    def trains_recipe(self) -> bool:
+        """Return whether its settings are a recipe, rather than a program's own.
+
+        Raises:
+            UserError: it has not kept how it was started.
+        """
+        return Command.read(self.command()).trains_recipe
+
+    def decisive(self) -> dict[str, Scalar]:
+        """Return those of its settings, flat, that decide the bits of a state."""
+        return decisive(self.settings(), is_recipe=self.trains_recipe())
+
     def archive(self) -> bytes:
         """Return the snapshot of its code."""
         return self._kept("code/snapshot.zip")
@@ -122,15 +136,6 @@ class Segment:
     def command(self) -> str:
         """Return how it was started, as JSON."""
         return self._kept("code/command.json").decode()
-
-    @property
-    def trains_recipe(self) -> bool:
-        """Whether ``sonosco`` trains a recipe in it; else it is a program of the user's that sets up its trainer.
-
-        Raises:
-            UserError: it has not kept how it was started.
-        """
-        return bool(json.loads(self.command())["trains_recipe"])
 
     def environment(self) -> Environment:
         """Return what it ran in."""

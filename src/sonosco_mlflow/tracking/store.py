@@ -72,7 +72,7 @@ def is_away(error: Exception) -> bool:
         codes = (databricks_pb2.TEMPORARILY_UNAVAILABLE, databricks_pb2.REQUEST_LIMIT_EXCEEDED)
         names = {databricks_pb2.ErrorCode.Name(code) for code in codes}
         # A connection that fails has no code of its own, nor has the download of a folder that fails with it.
-        return error.error_code in names or bool(re.search("^API request to|HTTPConnectionPool", str(error)))
+        return error.error_code in names or bool(re.search("^API request to|HTTPS?ConnectionPool", str(error)))
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return _is_busy(error.response.status_code)
     return isinstance(error, requests.RequestException | ConnectionError | TimeoutError)
