@@ -94,8 +94,7 @@ def test_more_epochs_are_named_and_an_extended_run_is_what_it_says(
     assert found.cause == (
         f"one went further (training.epochs was 2, is 3); up to step {end} nothing differs, to the last bit"
     )
-    settings = {"size": 1, "training": {"epochs": 3}}
-    extended = go_on(two.run.id, toy_trainer(tone_manifest, epochs=3), project, config=settings)
+    extended = go_on(two.run.id, toy_trainer(tone_manifest, epochs=3), project)
     assert verify_run(extended.run.id).findings == ()
     again = compare(three.run.id, extended, project)
     assert again.comparison.partings == ()

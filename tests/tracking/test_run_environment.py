@@ -46,8 +46,8 @@ def test_what_is_imported_counts_though_nothing_names_it(tmp_path: Path, monkeyp
     assert "odd-rearranging" in found.beside
     assert "never-imported" not in found.pins
     assert found.digest != before.digest, "the run shows it"
-    assert found.digests["distribution:odd-rearranging"] == "1.0"
-    assert found.digests["environment"] == before.digests["environment"], "a program that does not import it may go on"
+    assert found.beside_digests["distribution:odd-rearranging"] == "1.0"
+    assert found.named_digest == before.named_digest, "a program that does not import it may go on"
 
 
 def test_the_version_is_of_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

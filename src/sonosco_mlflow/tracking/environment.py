@@ -36,7 +36,7 @@ NUMERICS = (
 """Variables that change results without any change of code."""
 
 BESIDE = "distribution:"
-"""Among a state's digests: what the name of a distribution has before it that no requirements name."""
+"""Among the digests that are compared: before the name of a distribution that no requirements name."""
 _NAME = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)", re.MULTILINE)
 
 
@@ -59,14 +59,14 @@ class Environment:
         return self._digest(self.requirements)
 
     @property
-    def digests(self) -> dict[str, str]:
-        """What a state belongs to: the digest of the software that is named, and each version that stands beside it.
+    def named_digest(self) -> str:
+        """The same without the distributions that stand beside: another program may import more or less."""
+        return self._digest("".join(f"{pin[0]}=={pin[1]}\n" for pin in self.pins.items() if pin[0] not in self.beside))
 
-        Another program that goes on with the state may import more or less.
-        """
-        pins = self.pins
-        named = "".join(f"{name}=={version}\n" for name, version in pins.items() if name not in self.beside)
-        return {"environment": self._digest(named), **{f"{BESIDE}{name}": pins[name] for name in self.beside}}
+    @property
+    def beside_digests(self) -> dict[str, str]:
+        """The version of each distribution that stands beside, as a digest of a state (:data:`BESIDE`)."""
+        return {f"{BESIDE}{name}": self.pins[name] for name in self.beside}
 
     @property
     def beside(self) -> list[str]:

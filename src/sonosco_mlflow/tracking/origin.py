@@ -137,7 +137,7 @@ class Origin:
         return {
             "config": settings_digest(self.decisive),
             "code": self.code.digest,
-            **self.environment.digests,
+            "environment": self.environment.named_digest,
             "threads": str(self.environment.system["threads"]),
             "canary": str(self.environment.system["canary"]),
         }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import mlflow
 from mlflow.entities import Run
 
-from sonosco_mlflow.config import Config, flatten, settings_digest
+from sonosco_mlflow.config import Config, Scalar, flatten, settings_digest
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.tracking import identity
@@ -144,7 +144,9 @@ class Resumption:
             UserError: something differs and is not allowed.
         """
         last = self.last
-        recorded, present = self.digests, {**origin.digests, **data}
+        # What a program imports is no part of its state: it stands in no checkpoint.
+        recorded = {**self.digests, **last.environment().beside_digests}
+        present = {**origin.digests, **origin.environment.beside_digests, **data}
         if origin.code.imported_digest:
             recorded["imported"], present["imported"] = imported_digests(last.archive(), origin.code.archive)
         self.changes = identity.check_identity(
@@ -261,9 +263,10 @@ class Resumption:
         if self.checkpoint is not None:
             return {name: digest for name, digest in self.checkpoint.digests.items() if name != BRANCH}
         tags = self.run.data.tags
-        names = {"code": CODE_DIGEST, "environment": ENVIRONMENT_DIGEST, "canary": CANARY, "data": DATA_DIGEST}
+        names = {"code": CODE_DIGEST, "canary": CANARY, "data": DATA_DIGEST}
         found = {name: tags[tag] for name, tag in names.items() if tag in tags}
-        found["threads"] = str(self.last.environment().system["threads"])
+        environment = self.last.environment()
+        found |= {"threads": str(environment.system["threads"]), "environment": environment.named_digest}
         return {**found, "config": settings_digest(self.last.decisive())}
 
 
@@ -275,7 +278,10 @@ def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | 
     known = mlflow.get_experiment_by_name(experiment)
     if known is None:
         return None
-    deciding = (CODE_DIGEST, IMPORTED_DIGEST, ENVIRONMENT_DIGEST, CANARY)
+    settings = dict(flatten(origin.settings))
+    # Of another device the canary is not known here; what goes on is compared with it all the same.
+    canary = (CANARY,) if settings["training.device"] == "cpu" else ()
+    deciding = (CODE_DIGEST, IMPORTED_DIGEST, ENVIRONMENT_DIGEST, *canary)
     expected = {tag: digest for tag, digest in origin.tags().items() if tag in deciding} | {DATA_DIGEST: data_digest}
     same_code = f"tags.`{KIND}` = 'train' and tags.`{CODE_DIGEST}` = '{expected[CODE_DIGEST]}'"
     for run in mlflow.MlflowClient().search_runs([known.experiment_id], same_code):
@@ -284,19 +290,19 @@ def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | 
             continue
         # A run that was killed early has no data yet.
         same = all(tags.get(name, value) == value for name, value in expected.items())
-        if same and _trains_as(newest_segment(run), origin):
+        if same and _trains_as(newest_segment(run), origin, settings["training.epochs"]):
             return str(run.info.run_id)
     return None
 
 
-def _trains_as(segment: Segment, origin: Origin) -> bool:
+def _trains_as(segment: Segment, origin: Origin, epochs: Scalar) -> bool:
     try:
-        settings, decisive = segment.settings(), segment.decisive()
+        its_epochs = dict(flatten(segment.settings())).get("training.epochs")
+        digest = settings_digest(segment.decisive())
     except UserError as error:
         if is_away(error):
             raise
         # One that has lost its recipe cannot go on.
         return False
     # More epochs change no bit on the way, but where it ends.
-    epochs = [dict(flatten(each)).get("training.epochs") for each in (settings, origin.settings)]
-    return epochs[0] == epochs[1] and settings_digest(decisive) == origin.digests["config"]
+    return its_epochs == epochs and digest == origin.digests["config"]
