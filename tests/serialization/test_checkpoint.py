@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,8 @@ def test_leftovers_are_removed_and_nothing_else(checkpoints: Path) -> None:
     write(checkpoints)
     for name in (".partial-step-00000005", ".removing-step-00000003", ".mine"):
         (checkpoints / name).mkdir()
+    # A fetch from MLflow brings the checkpoint's own folder.
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / ".partial-step-00000005" / "step-00000005")
     remove_leftovers(checkpoints)
     assert sorted(path.name for path in checkpoints.iterdir()) == [".mine", "step-00000004"]
 
