@@ -93,11 +93,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     for name, parameter in model.named_parameters():
         if name in state["moments"]:
             optimizer.state[parameter] = {
-                key: _placed(value, parameter) if isinstance(value, Tensor) else value
+                key: _placed(parameter, value) if isinstance(value, Tensor) else value
                 for key, value in state["moments"][name].items()
             }
 
 
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    # A step counter is a scalar that torch keeps on the CPU; moments live beside their parameter.
-    return value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+def placed_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of what belongs to ``parameter``, its gradient or moments, where and as the parameter lies."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    # A norm is summed in the order of memory, which a file does not keep.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _placed(parameter: Tensor, value: Tensor) -> Tensor:
+    # A step counter is a scalar that torch keeps on the CPU.
+    return value.clone() if value.ndim == 0 else placed_as(parameter, value)

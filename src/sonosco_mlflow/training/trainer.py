@@ -34,7 +34,7 @@ from sonosco_mlflow.training.callbacks.dispatch import (
     tell_observers,
 )
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
-from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
+from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state, placed_as
 from sonosco_mlflow.training.validation import Decoder, Loss, Validation, evaluate, model_loss
 
 
@@ -383,7 +383,7 @@ class ModelTrainer:
         self._window_loss = trainer["window_loss"]
         for name, parameter in self.model.named_parameters():
             gradient = trainer["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+            parameter.grad = None if gradient is None else placed_as(parameter, gradient)
         load_callbacks_state(self.callbacks, trainer["callbacks"])
         self._reach_safe_point()
         self._generators.load_state_dict(trainer["generators"])
