@@ -174,7 +174,7 @@ def test_the_manifest_tells_what_the_checkpoint_is_and_what_came_before_it(check
     files = {name: content for name, content in contents(path).items() if name != "manifest.json"}
     assert path.name == "step-00000004.0002"
     assert json.loads((path / "manifest.json").read_text()) == {
-        "schema": 2,
+        "schema": 3,
         "step": 4,
         "parent": "step-00000003",
         "digests": {"config": "c0ffee"},
