@@ -6,8 +6,8 @@ every schema is kept with the tests and must load for ever.
 1. first.
 2. A trainer's state holds its last validation, and the state of Python's generator as a tensor; a ModelCheckpoint no
    longer says where it writes, nor what it removed.
-3. A trainer's state holds what was done to the model's parameters after it was made; a TensorBoard no longer says where
-   it writes.
+3. A trainer's state holds what was done to the model's parameters after it was made, and what an optimizer's class adds
+   to its state; a TensorBoard no longer says where it writes.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,8 @@ def _from_2(objects: Any, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     trainer = state.get("trainer", {})
     if "progress" in trainer:
         # Not known: they stay as the trainer has them.
-        state = {**state, "trainer": {**trainer, "parameters": None}}
+        optimizer = {**state["optimizer"], "own": {}}
+        state = {**state, "trainer": {**trainer, "parameters": None}, "optimizer": optimizer}
     return _without_directory(objects, _BOARD_CALLBACK), state
 
 
