@@ -7,6 +7,7 @@ accumulation. When the schema changes, write a fixture with the version that goe
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,29 @@ def test_from_2_what_was_done_to_the_parameters_is_not_known_and_stays(manifest:
         first = next(trainer.model.parameters()).requires_grad_(False)
         trainer.load_state_dict(checkpoint.state)
     assert not first.requires_grad
+
+
+def test_from_2_curves_are_tensors_of_the_same_values() -> None:
+    written = json.loads((fixture_of(2) / "state.json").read_text())["trainer"]["callbacks"]["History"]
+    curves = read_checkpoint(fixture_of(2)).state["trainer"]["callbacks"]["History"]
+    assert len(curves) > 5
+    assert {name: {key: part.tolist() for key, part in curve.items()} for name, curve in curves.items()} == written
+    assert {(curve["steps"].dtype, curve["values"].dtype) for curve in curves.values()} == {
+        (torch.int64, torch.float64)
+    }
+
+
+def test_from_2_each_history_is_changed_and_nothing_that_is_called_alike() -> None:
+    curves = {"loss": {"steps": [1], "values": [math.inf]}}
+    callbacks = {"History": curves, "History-2": curves, "HistoryOfMine": curves}
+    state = {"trainer": {"progress": {}, "callbacks": callbacks}, "optimizer": {"moments": {}, "groups": []}}
+    changed = MIGRATIONS[2]({}, state)[1]
+    assert changed["optimizer"] == {"moments": {}, "groups": [], "own": {}}
+    found = changed["trainer"]["callbacks"]
+    assert found["HistoryOfMine"] == curves
+    for name in ("History", "History-2"):
+        assert found[name]["loss"]["values"].tolist() == [math.inf]
+    assert state["trainer"]["callbacks"]["History"] == curves, "what was read is not changed"
 
 
 def test_from_2_a_board_no_longer_says_where_it_writes() -> None:

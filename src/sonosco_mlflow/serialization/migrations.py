@@ -7,9 +7,10 @@ every schema is kept with the tests and must load for ever.
 2. A trainer's state holds its last validation, and the state of Python's generator as a tensor; a ModelCheckpoint no
    longer says where it writes, nor what it removed.
 3. A trainer's state holds what was done to the model's parameters after it was made, and what an optimizer's class adds
-   to its state; a TensorBoard no longer says where it writes.
+   to its state; the curves of a History are tensors; a TensorBoard no longer says where it writes.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +39,24 @@ def _from_1(objects: Any, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _from_2(objects: Any, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     trainer = state.get("trainer", {})
     if "progress" in trainer:
-        # Not known: they stay as the trainer has them.
-        optimizer = {**state["optimizer"], "own": {}}
-        state = {**state, "trainer": {**trainer, "parameters": None}, "optimizer": optimizer}
+        callbacks = {
+            name: _as_tensors(kept) if re.fullmatch(r"History(-\d+)?", name) else kept
+            for name, kept in trainer["callbacks"].items()
+        }
+        # What was done to the parameters is not known: they stay as the trainer has them.
+        changed = {"callbacks": callbacks, "parameters": None}
+        state = {**state, "trainer": {**trainer, **changed}, "optimizer": {**state["optimizer"], "own": {}}}
     return _without_directory(objects, _BOARD_CALLBACK), state
+
+
+def _as_tensors(curves: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {
+            "steps": torch.tensor(curve["steps"], dtype=torch.int64),
+            "values": torch.tensor(curve["values"], dtype=torch.float64),
+        }
+        for name, curve in curves.items()
+    }
 
 
 def _without_directory(document: Any, name: str) -> Any:
