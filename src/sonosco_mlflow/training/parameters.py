@@ -23,24 +23,23 @@ def parameter_traits(model: nn.Module) -> dict[str, object]:
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any], traits: Mapping[str, Any] | None) -> None:
-    """Give ``model`` the values and types of ``state``, and the ``traits`` of :func:`parameter_traits`.
+    """Give ``model`` the values of ``state``, their types, and the ``traits`` of :func:`parameter_traits`.
 
     Args:
         model: what is changed; its parameters and buffers stay the same objects.
         state: what ``model.state_dict()`` gave.
-        traits: None, of a checkpoint that does not know them, leaves them as they are.
+        traits: None, where they are not known or not to be taken, leaves both types and traits as they are.
     """
-    parameters = dict(model.named_parameters())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        kept = state.get(name)
-        if isinstance(tensor, Tensor) and isinstance(kept, Tensor) and tensor.dtype != kept.dtype:
-            # To copy the values alone would round them.
-            tensor.data = tensor.data.to(kept.dtype)
     if traits is not None:
-        for name, parameter in parameters.items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            kept = state.get(name)
+            if isinstance(tensor, Tensor) and isinstance(kept, Tensor) and tensor.dtype != kept.dtype:
+                # To copy the values alone would round them.
+                tensor.data = tensor.data.to(kept.dtype)
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in traits["frozen"])
-            stride = traits["strides"].get(name, torch.empty(parameter.shape, device="meta").stride())
-            if parameter.stride() != tuple(stride):
+            stride = tuple(traits["strides"].get(name, torch.empty(parameter.shape, device="meta").stride()))
+            if parameter.stride() != stride:
                 parameter.data = torch.empty_strided(
                     parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
                 )
