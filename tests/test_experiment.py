@@ -460,6 +460,23 @@ def test_changes_that_are_allowed_are_recorded(
     assert {"segments/2/code/snapshot.zip"} <= all_artifacts(run_id).keys()
 
 
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("is_changed", [False, True], ids=["the same code", "code that was allowed to change"])
+def test_what_code_does_to_the_model_is_the_states_unless_the_code_was_allowed_to_change(
+    is_changed: bool, tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = run_experiment(toy_trainer(tone_manifest, stop_at=2), project).run.id
+    if is_changed:
+        changed_code(project, tone_manifest, monkeypatch)
+    trainer = toy_trainer(tone_manifest)
+    trainer.model.requires_grad_(False).double()
+    again = Experiment.resume(run_id, project=project, allowed_changes=["code"])
+    again.setup_model_trainer(trainer, test_loader=trainer.val_loader)
+    again.opened.close("interrupted")
+    expected = (False, torch.float64) if is_changed else (True, torch.float32)
+    assert {(parameter.requires_grad, parameter.dtype) for parameter in trainer.model.parameters()} == {expected}
+
+
 class Patience(Callback):
     """Ends a test that would never end."""
 

@@ -1,6 +1,12 @@
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -10,6 +16,8 @@ from sonosco_mlflow.data.loader import AudioDataLoader, Batch, collate
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.text import SpecialToken
 from toy import PROCESSOR, tone_loader
+
+PATIENCE = 60.0
 
 
 def digest(batch: Batch) -> str:
@@ -37,6 +45,59 @@ def test_workers_read_a_store_alike(tone_manifest: Manifest, tmp_path: Path) -> 
     assert [digest(batch) for batch in loader.epoch(0)] == expected
     loader.workers = 2
     assert [digest(batch) for batch in loader.epoch(0)] == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_it_to_the_main_process_to_obey_a_signal(number: signal.Signals, tone_manifest: Manifest) -> None:
+    expected = [digest(batch) for batch in tone_loader(tone_manifest).epoch(0)]
+    batches = tone_loader(tone_manifest, workers=2).epoch(0)
+    found = [digest(next(batches))]
+    workers = [str(child.pid) for child in psutil.Process().children()]
+    assert len(workers) == 2
+    # By another process, as a terminal or a scheduler sends it.
+    subprocess.run(["kill", f"-{int(number)}", *workers], check=True)
+    found.extend(digest(batch) for batch in batches)
+    assert found == expected
+    assert not psutil.Process().children()
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from sonosco_mlflow.data.manifest import Manifest
+from toy import tone_loader
+
+batches = tone_loader(Manifest.read(Path(sys.argv[1])), workers=2).epoch(0)
+next(batches)
+print("loading", flush=True)
+sys.stdin.read()
+"""
+
+
+def end_of_input(program: "subprocess.Popen[str]") -> None:
+    assert program.stdin is not None
+    program.stdin.close()
+
+
+@pytest.mark.parametrize(("end", "status"), [(end_of_input, 0), (subprocess.Popen.kill, -signal.SIGKILL)])
+def test_no_worker_outlives_a_program_that_ends_in_the_middle_of_an_epoch(
+    end: Callable[["subprocess.Popen[str]"], None], status: int, tone_manifest: Manifest, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    tone_manifest.write(manifest)
+    command = [sys.executable, "-c", HOLDING, str(manifest)]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables) as program:
+        assert program.stdout is not None
+        try:
+            assert program.stdout.readline() == "loading\n"
+            workers = psutil.Process(program.pid).children()
+            end(program)
+            assert len(workers) == 2
+            assert program.wait(PATIENCE) == status
+            assert not psutil.wait_procs(workers, PATIENCE)[1]
+        finally:
+            program.kill()
 
 
 def test_an_epoch_begins_at_any_batch_without_those_before(

@@ -11,6 +11,7 @@ from torch import nn
 
 from rich_trainer import maker
 from sonosco_mlflow.data.batching import BatchPlan
+from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.testing import (
     MakeTrainer,
@@ -25,7 +26,7 @@ from sonosco_mlflow.testing import (
 from sonosco_mlflow.training.callbacks import Callback, EarlyStopping, History
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
-from toy import tone_loader
+from toy import ToyOutput, tone_loader
 
 
 class Events(Callback):
@@ -204,3 +205,43 @@ def test_epochs_of_different_numbers_of_batches(tone_manifest: Manifest) -> None
 
 def plain_history(model: nn.Module) -> list[Callback]:
     return [History()]
+
+
+class Seeing(nn.Module):
+    """Parameters that do not lie in memory row by row: a convolution's, and a matrix that was transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.see = nn.Conv2d(3, 16, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.turned = nn.Parameter(torch.randn(50, 16).T)
+
+    def forward(self, batch: Batch) -> ToyOutput:
+        seen = self.see(batch.features.unsqueeze(1).repeat(1, 3, 1, 1)).mean(dim=(2, 3)) @ self.turned
+        return ToyOutput(seen.square().mean(), seen, batch.feature_lengths)
+
+
+def seeing_trainer(manifest: Manifest) -> MakeTrainer:
+    def make_trainer() -> ModelTrainer:
+        torch.manual_seed(7)
+        model = Seeing()
+        assert not any(parameter.is_contiguous() for parameter in (model.see.weight, model.turned))
+        loader = tone_loader(manifest[:8], frames_per_batch=1)
+        return ModelTrainer(
+            model, train_loader=loader, callbacks=[History()], epochs=2, accumulation=3, gradient_clip=1e-3
+        )
+
+    return make_trainer
+
+
+def test_gradients_and_moments_lie_in_memory_as_their_parameters(tone_manifest: Manifest) -> None:
+    """A norm is summed in the order of memory."""
+    make_trainer = seeing_trainer(tone_manifest)
+    training = undisturbed_training(make_trainer, seed=1)
+    trainer = make_trainer()
+    trainer.load_state_dict(thawed_state(state_at(training, 5).state))
+    for parameter in trainer.model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride()
+        moments = trainer.optimizer.state[parameter]
+        assert {moments[name].stride() for name in ("exp_avg", "exp_avg_sq")} == {parameter.stride()}
+    assert assert_exact_resume(make_trainer) == 17

@@ -1,11 +1,16 @@
 """Continued elsewhere: in another folder, and from nothing but what MLflow kept."""
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from harness import World
 from proofs import NewWorld, Proof
+
+from sonosco_mlflow.tracking import checkpoints
 
 
 def moved(world: World) -> World:
@@ -33,6 +38,30 @@ def test_moved(
 ) -> None:
     proof.tried += 1
     proof.finish(undisturbed(), change(killed_copy()), local=local)
+
+
+def die_in_a_fetch() -> None:
+    """Have this process killed once a checkpoint has come from MLflow, before it stands under its name."""
+    fetch = checkpoints.download
+
+    def download(run_id: str, artifact: str, folder: Path) -> Path:
+        fetched = fetch(run_id, artifact, folder)
+        if folder.name.startswith(".partial-"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fetched
+
+    checkpoints.download = download
+
+
+def test_killed_in_a_fetch_and_continued_from_another_checkpoint(
+    proof: Proof, killed_copy: Callable[[], World], undisturbed: NewWorld
+) -> None:
+    """What the fetch left is of a name that the later process does not ask for."""
+    world = emptied(killed_copy())
+    assert proof.note(world.launch(sabotage=die_in_a_fetch)).killed
+    assert list(world.run_folder.glob("checkpoints/.partial-step-00000003/*/*"))
+    shutil.rmtree(world.artifacts / "checkpoints" / "step-00000003")
+    proof.finish(undisturbed(), world, local=False)
 
 
 @pytest.mark.slow

@@ -72,6 +72,17 @@ class ChangesOptions(Callback):
             )
 
 
+class Freezes(Callback):
+    """A user's callback that trains a part of the model no further."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        if trainer.progress.step == self.step:
+            trainer.model.get_parameter("inner.bias").requires_grad_(False)
+
+
 def stopping_trainer(manifest: Manifest) -> MakeTrainer:
     """Stops early, in the middle of its last epoch but one, after the options and the learning rate were changed."""
 
@@ -84,6 +95,7 @@ def stopping_trainer(manifest: Manifest) -> MakeTrainer:
             Draws(),
             LossGuidedRate(),
             ChangesOptions(step=2),
+            Freezes(step=2),
         ]
 
     return maker(

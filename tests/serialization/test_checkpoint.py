@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_the_manifest_tells_what_the_checkpoint_is_and_what_came_before_it(check
     files = {name: content for name, content in contents(path).items() if name != "manifest.json"}
     assert path.name == "step-00000004.0002"
     assert json.loads((path / "manifest.json").read_text()) == {
-        "schema": 2,
+        "schema": 3,
         "step": 4,
         "parent": "step-00000003",
         "digests": {"config": "c0ffee"},
@@ -272,6 +273,8 @@ def test_leftovers_are_removed_and_nothing_else(checkpoints: Path) -> None:
     write(checkpoints)
     for name in (".partial-step-00000005", ".removing-step-00000003", ".mine"):
         (checkpoints / name).mkdir()
+    # A fetch from MLflow brings the checkpoint's own folder.
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / ".partial-step-00000005" / "step-00000005")
     remove_leftovers(checkpoints)
     assert sorted(path.name for path in checkpoints.iterdir()) == [".mine", "step-00000004"]
 

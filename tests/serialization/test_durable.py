@@ -144,6 +144,20 @@ def test_a_directory_is_renamed_durably_before_anything_in_it_is_removed(tmp_pat
     ]
 
 
+def test_of_nested_directories_the_innermost_goes_first_and_links_are_not_followed(
+    tmp_path: Path, system: WatchedOs
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "old" / "inner").mkdir(parents=True)
+    elsewhere.mkdir()
+    for directory in (elsewhere, tmp_path / "old" / "inner"):
+        (directory / "file").write_bytes(b"content")
+    (tmp_path / "old" / "link").symlink_to(elsewhere)
+    durable.clear_directory(tmp_path / "old")
+    assert system.log == ["unlink file", "rmdir inner", "unlink link", "rmdir old"]
+    assert (elsewhere / "file").read_bytes() == b"content"
+
+
 def test_a_link_to_a_directory_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -292,6 +292,7 @@ def test_only_a_class_of_optimizers_is_called_as_one(kind: object) -> None:
     ("name", "parameters", "match"),
     [
         ("sonosco_mlflow.training.callbacks.model_checkpoint:ModelCheckpoint", ["directory"], "is forged"),
+        ("sonosco_mlflow.tracking.tensorboard:TensorBoard", ["directory"], "is forged"),
         ("sonosco_mlflow.tracking.journal:Journal", ["path", "send"], "is not a class"),
         ("sonosco_mlflow.tracking.recording:Recording", ["run", "lease", "folder"], "is not a class"),
     ],

@@ -1,12 +1,13 @@
 """Checkpoints of older versions: each is kept here as that version wrote it, and must load for ever.
 
-``schema-1/step-00000004`` was written by the last version of schema 1, by what is :func:`write_fixture` here now, in
-the middle of an accumulation. When the schema changes, write a fixture with the version that goes, add it to
+Each was written by the last version of its schema, by what is :func:`write_fixture` here now, in the middle of an
+accumulation. When the schema changes, write a fixture with the version that goes, add it to
 ``FIXTURES`` with its digests (``sha256sum schema-*/*/*``), and never touch it again.
 """
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,15 @@ FIXTURES: dict[int, dict[str, str]] = {
         "optimizer.safetensors": "1551737942257c12c589f6497f95f1f682a603e9551f434f1d6666d3d781cf30",
         "state.json": "382a1efe6b55dfe911c1675ac96d9c3d006f634c5369b5d674293e7763a9ce54",
         "trainer.safetensors": "a7c38d9d49e1516ae2153a1c0b7f50c457da5b68d5e42780b645039aff713f74",
-    }
+    },
+    2: {
+        "manifest.json": "ea913d7a6f920549f98e541c1366aa260e34c0fa23b29f04715f46f9c14b1093",
+        "model.safetensors": "2e4739684e8338d8ea4f33fddc19f05adedefeb0cc89b6e8d621dc28957a20be",
+        "objects.json": "59712b7950c48785683b0ea79f107ac27b199f99a85890237d368f6fde1858e7",
+        "optimizer.safetensors": "f92ae1088bfe3aab8ad226309740078448543a7020900917b95e2bab77c95d8e",
+        "state.json": "86fc7d5aab7f36cf1da9f3a0831c330cde317e78c54eaaeca0a7fcb363a6ecfa",
+        "trainer.safetensors": "331502b350f32f762f97b56b9d38207eea6f6714cc31e0f10af19a7e8213bba2",
+    },
 }
 
 
@@ -191,12 +200,11 @@ def test_it_loads_with_all_of_its_state(schema: int, manifest: Manifest) -> None
         assert hashlib.sha256(tensors_of(state[part])).hexdigest() == digests[name]["sha256"]
     stored = safetensors.torch.load((path / "trainer.safetensors").read_bytes())
     loaded = split_tree(state["trainer"])[1]
-    # What Python's generator is written as has changed; its value has not.
     written = json.loads((path / "state.json").read_text())["trainer"]
-    internal = loaded.pop("generators/python/internal")
+    assert tensor_bytes({name: loaded[name] for name in stored}) == tensor_bytes(stored)
+    # What has become a tensor since.
     if schema == 1:
-        assert internal.tolist() == written["generators"]["python"]["internal"]
-    assert tensor_bytes(loaded) == tensor_bytes(stored)
+        assert loaded["generators/python/internal"].tolist() == written["generators"]["python"]["internal"]
     assert any(name.startswith("gradients/") for name in loaded)
     for name in ("stop_reason", "window_loss", "progress"):
         assert state["trainer"][name] == written[name]
@@ -245,10 +253,51 @@ def test_from_1_a_checkpoint_callback_no_longer_says_where_it_writes() -> None:
     assert isinstance(trainer["generators"]["python"]["internal"], Tensor)
 
 
-def test_from_1_what_is_no_trainer_stays_as_it_is() -> None:
+def test_from_2_what_was_done_to_the_parameters_is_not_known_and_stays(manifest: Manifest) -> None:
+    checkpoint = read_checkpoint(fixture_of(2))
+    assert checkpoint.state["trainer"]["parameters"] is None
+    with preserved_generators():
+        trainer = Deserializer().build(checkpoint.objects, **loaders(manifest))
+        first = next(trainer.model.parameters()).requires_grad_(False)
+        trainer.load_state_dict(checkpoint.state)
+    assert not first.requires_grad
+
+
+def test_from_2_curves_are_tensors_of_the_same_values() -> None:
+    written = json.loads((fixture_of(2) / "state.json").read_text())["trainer"]["callbacks"]["History"]
+    curves = read_checkpoint(fixture_of(2)).state["trainer"]["callbacks"]["History"]
+    assert len(curves) > 5
+    assert {name: {key: part.tolist() for key, part in curve.items()} for name, curve in curves.items()} == written
+    assert {(curve["steps"].dtype, curve["values"].dtype) for curve in curves.values()} == {
+        (torch.int64, torch.float64)
+    }
+
+
+def test_from_2_each_history_is_changed_and_nothing_that_is_called_alike() -> None:
+    curves = {"loss": {"steps": [1], "values": [math.inf]}}
+    callbacks = {"History": curves, "History-2": curves, "HistoryOfMine": curves}
+    state = {"trainer": {"progress": {}, "callbacks": callbacks}, "optimizer": {"moments": {}, "groups": []}}
+    changed = MIGRATIONS[2]({}, state)[1]
+    assert changed["optimizer"] == {"moments": {}, "groups": [], "own": {}}
+    found = changed["trainer"]["callbacks"]
+    assert found["HistoryOfMine"] == curves
+    for name in ("History", "History-2"):
+        assert found[name]["loss"]["values"].tolist() == [math.inf]
+    assert state["trainer"]["callbacks"]["History"] == curves, "what was read is not changed"
+
+
+def test_from_2_a_board_no_longer_says_where_it_writes() -> None:
+    name = "sonosco_mlflow.tracking.tensorboard:TensorBoard"
+    board = {"$object": name, "parameters": {"directory": {"$path": "runs/board"}}}
+    objects, _ = MIGRATIONS[2]({"$object": "somewhere:Thing", "parameters": {"callbacks": [board]}}, {})
+    assert objects["parameters"]["callbacks"] == [{"$object": name, "parameters": {}}]
+
+
+@pytest.mark.parametrize("schema", MIGRATIONS)
+def test_what_is_no_trainer_stays_as_it_is(schema: int) -> None:
     objects = {"$object": "somewhere:Thing", "parameters": {"directory": "here", "callbacks": [{"directory": 1}]}}
     state = {"trainer": {"steps": 1}, "model": {"weight": 2}}
-    assert MIGRATIONS[1](objects, state) == (objects, state)
+    assert MIGRATIONS[schema](objects, state) == (objects, state)
 
 
 # ------------------------------------------------------------------ the recipe

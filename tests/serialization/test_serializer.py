@@ -600,6 +600,13 @@ def test_an_object_and_its_state_are_written_and_read(tmp_path: Path) -> None:
         assert tensor_bytes(again.state_dict()) == tensor_bytes(model.state_dict())
 
 
+def test_a_model_whose_type_was_changed_is_refused_and_not_rounded(tmp_path: Path) -> None:
+    Serializer().serialize(Scaled(3).double(), tmp_path)
+    expected = r"'layer\.\w+' was written as torch\.float64, and the Scaled that was built again has torch\.float32"
+    with pytest.raises(UserError, match=expected):
+        Deserializer().deserialize(tmp_path)
+
+
 @serializable
 class Tied(nn.Module):
     def __init__(self, one: nn.Module, other: nn.Module) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.tracking.journal import Row
 from sonosco_mlflow.tracking.tensorboard import TensorBoard
 
@@ -39,6 +40,26 @@ def test_a_trainer_that_never_trains_leaves_no_file(tmp_path: Path) -> None:
     board.on_safe_point(at(0, batch=0))
     board.close()
     assert not (tmp_path / "board").exists()
+
+
+def test_one_that_is_built_again_writes_nothing_until_it_is_told_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    board = Deserializer().build(Serializer().describe(TensorBoard(tmp_path / "then")))
+    with pytest.warns(UserWarning, match="TensorBoard has no directory"):
+        board.on_train_begin(at(0))
+    for step in (1, 2):
+        board.on_metrics(at(step), {"train_loss": 0.5})
+        board.on_text(at(step), "samples", "| a |")
+        board.on_safe_point(at(step, batch=0))
+    board.on_train_end(at(2))
+    assert not list(tmp_path.iterdir())
+    board.directory = tmp_path / "now"
+    board.on_train_begin(at(2))
+    board.on_metrics(at(3), {"train_loss": 0.25})
+    board.on_train_end(at(3))
+    assert scalars(tmp_path / "now", "train_loss") == [(3, 0.25)]
 
 
 def test_metrics_and_texts_stand_at_their_steps(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,6 +17,7 @@ from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import word_error_rate
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
+from sonosco_mlflow.serialization.state import split_tree, tensor_bytes
 from sonosco_mlflow.training import callbacks as package
 from sonosco_mlflow.training.callbacks import (
     Callback,
@@ -393,3 +395,42 @@ def test_a_metric_has_one_value_a_step_in_the_history_however_often_it_comes() -
         trainer.progress.step = step
         history.on_metrics(trainer, {"drawn": value})
     assert history.curve("drawn") == ([1, 2], [0.5, 0.125])
+
+
+def recorded_history(steps: int) -> History:
+    history, trainer = History(), Mock()
+    for step in range(1, steps + 1):
+        trainer.progress.step = step
+        history.on_metrics(trainer, {"train_loss": 1 / step, "drawn": math.nan})
+    return history
+
+
+def test_what_a_save_walks_through_does_not_grow_with_the_steps() -> None:
+    """Only memory that is copied at once does: a save holds up the training."""
+    documents = [split_tree(recorded_history(steps).state_dict())[0] for steps in (1, 1000)]
+    assert documents[0] == documents[1]
+
+
+def test_the_history_comes_back_and_shares_no_memory_with_its_state() -> None:
+    history = recorded_history(3)
+    state: Any = history.state_dict()
+    before = tensor_bytes(split_tree(state)[1])
+    assert {name: (part.dtype, part.shape) for name, part in state["train_loss"].items()} == {
+        "steps": (torch.int64, (3,)),
+        "values": (torch.float64, (3,)),
+    }
+    again = History()
+    again.load_state_dict(state)
+    for one in (history, again):
+        one.on_metrics(Mock(progress=Mock(step=3)), {"train_loss": 7.0})
+        one.on_metrics(Mock(progress=Mock(step=4)), {"train_loss": 8.0})
+        assert one.curve("train_loss") == ([1, 2, 3, 4], [1.0, 0.5, 7.0, 8.0])
+    assert tensor_bytes(split_tree(state)[1]) == before
+    assert repr(again.curve("drawn")) == "([1, 2, 3], [nan, nan, nan])"
+
+
+def test_a_value_that_is_no_number_leaves_the_history_whole() -> None:
+    history = recorded_history(1)
+    with pytest.raises(TypeError):
+        history.on_metrics(Mock(progress=Mock(step=2)), {"train_loss": None})  # type: ignore[dict-item]
+    assert history.curve("train_loss") == ([1], [1.0])

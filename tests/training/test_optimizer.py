@@ -1,8 +1,12 @@
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
 from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
@@ -42,8 +46,9 @@ def test_a_recipe_names_what_each_group_moves() -> None:
         lambda model: torch.optim.RMSprop(model.parameters(), lr=0.1),
         lambda model: torch.optim.Adam(model.parameters(), lr=0.1, amsgrad=True),
         lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1),
+        lambda model: Bounded(model.parameters(), limit=1e-3),
     ],
-    ids=["AdamW", "SGD", "RMSprop", "Adam", "Adagrad"],
+    ids=["AdamW", "SGD", "RMSprop", "Adam", "Adagrad", "own state"],
 )
 def test_an_optimizer_written_down_and_built_again_goes_on_alike(build) -> None:
     model = new_model()
@@ -64,6 +69,48 @@ def test_an_optimizer_written_down_and_built_again_goes_on_alike(build) -> None:
         step(model, optimizer)
         step(other, rebuilt)
     assert tensor_bytes(model.state_dict()) == tensor_bytes(other.state_dict())
+
+
+@serializable
+class Bounded(torch.optim.SGD):
+    """Has an option that is no group's, and a state that is no parameter's, as a program's own optimizer may."""
+
+    def __init__(self, weights: Any, lr: float = 0.1, limit: float = 1.0, *, bounds: Sequence[float] = ()) -> None:
+        super().__init__(weights, lr=lr)
+        self.limit = limit
+        self.bounds = bounds
+        self.steps = torch.zeros(1)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.clamp_(-self.limit, self.limit).div_(self.steps)
+        super().step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        super().load_state_dict({key: value for key, value in state.items() if key != "steps"})
+
+
+def test_an_optimizer_is_built_with_the_options_that_are_no_groups() -> None:
+    model = new_model()
+    optimizer = Bounded(model.parameters(), lr=0.5, limit=7.0, bounds=(1.0, 2.0))
+    optimizer.param_groups[0]["lr"] = 0.25
+    recipe = OptimizerRecipe.of(optimizer, model)
+    assert recipe.options == {"limit": 7.0, "bounds": (1.0, 2.0)}
+    rebuilt: Any = Deserializer().build(Serializer().describe(recipe)).build(new_model())
+    assert (rebuilt.limit, rebuilt.bounds, rebuilt.param_groups[0]["lr"]) == (7.0, (1.0, 2.0), 0.25)
+
+
+def test_a_recipe_of_before_there_were_options_is_built() -> None:
+    model = new_model()
+    document = Serializer().describe(OptimizerRecipe.of(two_groups(model), model))
+    del document["parameters"]["options"]
+    assert len(Deserializer().build(document).build(model).param_groups) == 2
 
 
 def test_a_loaded_state_shares_no_memory_with_its_source() -> None:

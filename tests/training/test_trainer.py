@@ -1,7 +1,8 @@
 import math
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.determinism import generator_states
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
+from sonosco_mlflow.serialization.checkpoint import read_checkpoint
+from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
 from sonosco_mlflow.testing import assert_exact_resume
@@ -32,9 +35,9 @@ EPOCHS = 2
 ACCUMULATION = 3
 
 
-def new_trainer(manifest: Manifest, **settings: Any) -> ModelTrainer:
+def new_trainer(manifest: Manifest, model: nn.Module | None = None, **settings: Any) -> ModelTrainer:
     torch.manual_seed(7)
-    model = ToyModel()
+    model = model or ToyModel()
     defaults: dict[str, Any] = {
         "optimizer": torch.optim.AdamW(model.parameters(), lr=0.02),
         "train_loader": tone_loader(manifest[:14]),
@@ -55,7 +58,15 @@ def new_trainer(manifest: Manifest, **settings: Any) -> ModelTrainer:
 
 
 def state_bytes(trainer: ModelTrainer) -> tuple[bytes, bytes]:
-    document, tensors = split_tree(trainer.state_dict())
+    return tree_bytes(trainer.state_dict())
+
+
+def file_bytes(path: Path) -> tuple[bytes, bytes]:
+    return tree_bytes(read_checkpoint(path).state)
+
+
+def tree_bytes(tree: object) -> tuple[bytes, bytes]:
+    document, tensors = split_tree(tree)
     return json_bytes(document), tensor_bytes(tensors)
 
 
@@ -105,6 +116,52 @@ def test_the_state_read_back_is_the_state_written(tone_manifest: Manifest, tmp_p
     assert trainer.progress.batch % ACCUMULATION == 1, "the state should hold gradients of an unfinished step"
     assert state_bytes(resumed) == state_bytes(trainer)
     assert resumed.optimizer_recipe.groups[0]["lr"] == 0.02, "the base rate, not the current one"
+
+
+@serializable
+class ConvertedModel(ToyModel):
+    """Takes its input in whatever type it has been given."""
+
+    def forward(self, batch: Batch) -> ToyOutput:
+        return super().forward(replace(batch, features=batch.features.to(self.inner.weight.dtype)))
+
+
+def frozen(model: ToyModel) -> None:
+    model.norm.requires_grad_(False)
+
+
+def double(model: ToyModel) -> None:
+    model.double()
+
+
+def turned(model: ToyModel) -> None:
+    model.outer.weight.data = model.outer.weight.data.T.contiguous().T
+
+
+@pytest.mark.parametrize("change", [frozen, double, turned])
+def test_what_was_done_to_a_model_after_it_was_made_comes_back(
+    change: Callable[[ToyModel], None], tone_manifest: Manifest, tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    model = ConvertedModel()
+    change(model)
+    trainer = new_trainer(
+        tone_manifest, model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.02), gradient_clip=1e-3
+    )
+    saver = EverySafePoint(tmp_path)
+    trainer.attach(saver)
+    trainer.start_training()
+    for path in saver.saved:
+        resumed = Deserializer().deserialize(path, train_loader=trainer.train_loader, val_loader=trainer.val_loader)
+        assert state_bytes(resumed) == file_bytes(path), path
+        for parameter, again in zip(model.parameters(), resumed.model.parameters(), strict=True):
+            assert traits(again) == traits(parameter)
+        resumed.continue_training()
+        assert state_bytes(resumed) == state_bytes(trainer), path
+
+
+def traits(parameter: nn.Parameter) -> tuple[object, ...]:
+    return parameter.requires_grad, parameter.dtype, parameter.stride()
 
 
 class StopAt(Callback):

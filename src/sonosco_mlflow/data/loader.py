@@ -5,7 +5,12 @@ before it. What a worker prefetched is nobody's state; the consumer counts what 
 """
 
 import hashlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -84,6 +89,37 @@ class _Epoch(Dataset[Sample]):
         return self.dataset.sample(position, self.epoch)
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """Let a worker go on when the whole process group is told to stop: the main process finishes its step first.
+
+    To torch a worker that a signal ends is an error, which it raises in the middle of a step. The main process alone
+    may end a worker by SIGTERM, as torch does with those that hang.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    main = multiprocessing.parent_process()
+    assert main is not None
+    threading.Thread(target=_end_when_told_by, args=[main.pid], daemon=True).start()
+
+
+def _end_when_told_by(main: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Deliver signals after the block; processes that are forked in it inherit that they wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class AudioDataLoader:
     """Padded batches of an :class:`AudioDataset`, in the order of a :class:`BatchPlan`.
 
@@ -117,14 +153,19 @@ class AudioDataLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from number ``start`` on."""
-        yield from DataLoader(
+        loader = DataLoader(
             _Epoch(self.dataset, epoch),
             batch_sampler=self.plan.batches(epoch)[start:],
             collate_fn=collate,
             num_workers=self.workers,
+            worker_init_fn=_leave_signals_to_main,
             # A generator of its own: the DataLoader would otherwise draw a seed from torch's global one.
             generator=torch.Generator(),
         )
+        # A worker that has just been forked could be hit before it has said what it does with signals.
+        with _signals_held_back():
+            batches = iter(loader)
+        yield from batches
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)

@@ -263,7 +263,7 @@ def quarantine(directory: Path) -> Path:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what a crash in the middle of writing or removing left under ``parent``."""
+    """Remove what a crash in the middle of writing, fetching or removing left under ``parent``."""
     for pattern in (".partial-step-*", ".removing-step-*"):
         for directory in parent.glob(pattern):
             clear_directory(directory)

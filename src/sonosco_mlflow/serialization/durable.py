@@ -77,19 +77,22 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove ``directory``, which holds files only, so that it never stands half-removed under its own name."""
+    """Remove ``directory`` so that it never stands half-removed under its own name."""
     doomed = directory.with_name(f".removing-{directory.name}")
     rename(directory, doomed)
     clear_directory(doomed)
 
 
 def clear_directory(directory: Path) -> None:
-    """Remove a directory of files that nobody reads any more; of a link, not what it leads to."""
+    """Remove a directory that nobody reads any more, and all that is in it; of a link, not what it leads to."""
     if directory.is_symlink():
         os.unlink(directory)
         return
     for entry in sorted(directory.iterdir()):
-        os.unlink(entry)
+        if entry.is_dir():
+            clear_directory(entry)
+        else:
+            os.unlink(entry)
     os.rmdir(directory)
 
 

@@ -110,6 +110,19 @@ def _parts(state: Mapping[str, object]) -> Mapping[str, object]:
     return state if parted and state.keys() != {"state"} else {"state": state}
 
 
+def _require_types(value: Any, state: Mapping[str, Any]) -> None:
+    """Refuse an object that has taken tensors in a type of its own: their values would be others."""
+    now = value.state_dict() if state else {}
+    for name, kept in state.items():
+        found = getattr(now.get(name), "dtype", None)
+        if found != getattr(kept, "dtype", found):
+            raise UserError(
+                f"'{name}' was written as {kept.dtype}, and the {type(value).__name__} that was built again has "
+                f"{found}: its type was changed after it was made. Let its constructor make it so, or make it yourself "
+                "and give it the state that read_checkpoint returns"
+            )
+
+
 class Deserializer:
     """Builds objects from the documents of a :class:`Serializer`.
 
@@ -149,7 +162,9 @@ class Deserializer:
         value = self.build(checkpoint.objects, **external)
         if hasattr(value, "load_state_dict"):
             state = checkpoint.state
-            value.load_state_dict(state["state"] if state.keys() == {"state"} else state)
+            state = state["state"] if state.keys() == {"state"} else state
+            value.load_state_dict(state)
+            _require_types(value, state)
         return value
 
     def build(self, document: Any, **external: object) -> Any:

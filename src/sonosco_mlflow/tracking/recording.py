@@ -131,7 +131,7 @@ class Recording(Callback, is_part_of_trainer=False):
         """Deliver what is written at the end: the whole journal, TensorBoard's events. It can be repeated."""
         if not self._is_current:
             return
-        if self.board is not None:
+        if self.board is not None and self.board.directory is not None:
             self.run.replace_folder(self.board.directory, "tensorboard")
         self._deliver_journal()
         if self.run.segment > 1:

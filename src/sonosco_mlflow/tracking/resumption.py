@@ -176,7 +176,11 @@ class Resumption:
         """
         if self.checkpoint is None:
             return
-        trainer.load_state_dict(self.checkpoint.state)
+        state = self.checkpoint.state
+        if self.altered & {"code", "imported", "config"}:
+            # A program that was allowed to change may freeze or convert another part of the model that it makes.
+            state = {**state, "trainer": {**state["trainer"], "parameters": None}}
+        trainer.load_state_dict(state)
         if "config" in self.altered:
             trainer.renew_optimizer_options()
         before, now, done = self.checkpoint.objects["parameters"]["epochs"], trainer.epochs, trainer.progress.epoch

@@ -1,8 +1,9 @@
 """TensorBoard: recorded metrics and texts as event files."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,15 +18,23 @@ class TensorBoard(Callback):
     """Writes every recorded metric and text for ``tensorboard --logdir``.
 
     Args:
-        directory: folder of one run; each run wants its own.
+        directory: folder of one run; each run wants its own. It is no part of what is serialised: one that is built
+            again has None, and writes nothing until it is set.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    unwritten_parameters: ClassVar = frozenset({"directory"})
+
+    def __init__(self, directory: str | Path | None = None) -> None:
+        self.directory = None if directory is None else Path(directory)
         self._writer: SummaryWriter | None = None
+
+    def serialized_parameters(self) -> dict[str, object]:
+        """Return the constructor's parameters without the directory."""
+        return {}
 
     def rewrite(self, rows: Iterable["Row"]) -> None:
         """Put ``rows`` in the place of all events so far: what a resume makes again must not be shown twice."""
+        assert self.directory is not None
         self.close()
         for path in sorted(self.directory.glob("events.out.tfevents.*")):
             path.unlink()
@@ -35,14 +44,22 @@ class TensorBoard(Callback):
             for name, text in row.texts.items():
                 self._open(0).add_text(name, text, row.step, walltime=row.timestamp / 1000)
 
+    def on_train_begin(self, trainer: "ModelTrainer") -> None:
+        """Say so where nothing will be written."""
+        if self.directory is None:
+            warnings.warn("no events are written: TensorBoard has no directory; set it", stacklevel=2)
+
     def on_metrics(self, trainer: "ModelTrainer", metrics: Mapping[str, float]) -> None:
         """Write scalars at the current optimizer step."""
+        if self.directory is None:
+            return
         for name, value in metrics.items():
             self._open(trainer.progress.step).add_scalar(name, value, trainer.progress.step)
 
     def on_text(self, trainer: "ModelTrainer", name: str, text: str) -> None:
         """Write a Markdown text at the current optimizer step."""
-        self._open(trainer.progress.step).add_text(name, text, trainer.progress.step)
+        if self.directory is not None:
+            self._open(trainer.progress.step).add_text(name, text, trainer.progress.step)
 
     def on_safe_point(self, trainer: "ModelTrainer") -> None:
         """Put on the disk, once an epoch, what the writer still holds."""

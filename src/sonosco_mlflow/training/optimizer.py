@@ -4,6 +4,8 @@ torch numbers parameters in the order in which they were given. Names survive a 
 checkpoint what belongs to what.
 """
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.serialization.parameters import serializable
+from sonosco_mlflow.serialization.parameters import remembered_parameters, serializable
 
 
 @serializable
@@ -21,11 +23,18 @@ class OptimizerRecipe:
     Args:
         kind: the optimizer's class.
         groups: one mapping a parameter group: its options, and ``parameters``, the names of what it moves.
+        options: what the constructor was given beside, of a class that is ``@serializable``; None of others.
     """
 
-    def __init__(self, kind: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        kind: Callable[..., torch.optim.Optimizer],
+        groups: list[dict[str, Any]],
+        options: dict[str, Any] | None = None,
+    ) -> None:
         self.kind = kind
         self.groups = groups
+        self.options = options
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> Self:
@@ -46,7 +55,7 @@ class OptimizerRecipe:
             # torch adds what the constructor does not take (the base class's own bookkeeping) under other names.
             options = {key: value for key, value in group.items() if key in optimizer.defaults}
             groups.append({**options, "parameters": [names[id(parameter)] for parameter in group["params"]]})
-        return cls(type(optimizer), groups)
+        return cls(type(optimizer), groups, _own_options(optimizer))
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer for the parameters of ``model``.
@@ -65,8 +74,17 @@ class OptimizerRecipe:
         if not (isinstance(self.kind, type) and issubclass(self.kind, torch.optim.Optimizer)):
             # It may come from a document, by which nothing else may be called.
             raise UserError(f"{self.kind!r} is no class of optimizers")
-        optimizer: torch.optim.Optimizer = self.kind(groups)  # type: ignore[call-arg]  # the base class alone asks for more
+        optimizer: torch.optim.Optimizer = self.kind(groups, **(self.options or {}))
         return optimizer
+
+
+def _own_options(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    remembered = remembered_parameters(optimizer)
+    if remembered is None:
+        return None
+    moved = next(iter(inspect.signature(type(optimizer)).parameters))
+    # The others are the groups', where they may have changed since.
+    return {key: value for key, value in remembered.items() if key != moved and key not in optimizer.defaults}
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -74,18 +92,23 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, object]:
-    """Return the optimizer's state by parameter name, and the options of its groups, as plain data."""
+    """Return the optimizer's state by parameter name, the options of its groups, and what is its class's own."""
     names = _names(model)
     moments = {names[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()}
     groups = [
         {key: list(value) if isinstance(value, tuple) else value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
-    return {"moments": dict(sorted(moments.items())), "groups": groups}
+    # What a class adds to the state of torch's.
+    own = {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
+    return {"moments": dict(sorted(moments.items())), "groups": groups, "own": own}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Put back what :func:`optimizer_state` returned."""
+    if state["own"]:
+        # The class alone knows where it belongs; the rest, which it takes by number, is put right below.
+        optimizer.load_state_dict({**optimizer.state_dict(), **copy.deepcopy(state["own"])})
     for group, options in zip(optimizer.param_groups, state["groups"], strict=True):
         for key, value in options.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
@@ -93,11 +116,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     for name, parameter in model.named_parameters():
         if name in state["moments"]:
             optimizer.state[parameter] = {
-                key: _placed(value, parameter) if isinstance(value, Tensor) else value
+                key: _placed(parameter, value) if isinstance(value, Tensor) else value
                 for key, value in state["moments"][name].items()
             }
 
 
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    # A step counter is a scalar that torch keeps on the CPU; moments live beside their parameter.
-    return value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+def placed_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of what belongs to ``parameter``, its gradient or moments, where and as the parameter lies."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    # A norm is summed in the order of memory, which a file does not keep.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _placed(parameter: Tensor, value: Tensor) -> Tensor:
+    # A step counter is a scalar that torch keeps on the CPU.
+    return value.clone() if value.ndim == 0 else placed_as(parameter, value)

@@ -34,7 +34,8 @@ from sonosco_mlflow.training.callbacks.dispatch import (
     tell_observers,
 )
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
-from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state
+from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state, placed_as
+from sonosco_mlflow.training.parameters import load_model_state, parameter_traits
 from sonosco_mlflow.training.validation import Decoder, Loss, Validation, evaluate, model_loss
 
 
@@ -361,6 +362,7 @@ class ModelTrainer:
                 "progress": asdict(self.progress),
                 "stop_reason": self.stop_reason,
                 "validation": None if self.validation is None else asdict(self.validation),
+                "parameters": parameter_traits(self.model),
                 "gradients": gradients,
                 "window_loss": self._window_loss,
                 "generators": self._generators.state_dict(),
@@ -375,7 +377,7 @@ class ModelTrainer:
             UserError: the state is of other callbacks, or at a place that the train_loader does not have.
         """
         trainer = state["trainer"]
-        self.model.load_state_dict(state["model"])
+        load_model_state(self.model, state["model"], trainer["parameters"])
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
         self.progress = Progress(**trainer["progress"])
         self.stop_reason = trainer["stop_reason"]
@@ -383,7 +385,7 @@ class ModelTrainer:
         self._window_loss = trainer["window_loss"]
         for name, parameter in self.model.named_parameters():
             gradient = trainer["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+            parameter.grad = None if gradient is None else placed_as(parameter, gradient)
         load_callbacks_state(self.callbacks, trainer["callbacks"])
         self._reach_safe_point()
         self._generators.load_state_dict(trainer["generators"])
