@@ -503,9 +503,10 @@ def test_five_thousand_files_take_seconds(repository: Path) -> None:
         folder = repository / f"part-{number // 100}"
         folder.mkdir(exist_ok=True)
         (folder / f"{number}.py").write_text(f"x = {number}\n" * 50)
-    started = time.process_time()
+    # Of this process and of git's: how long others keep the machine is not what is asked.
+    started = sum(os.times()[:4])
     snapshot_code(repository)
-    assert time.process_time() - started < 5
+    assert sum(os.times()[:4]) - started < 5
 
 
 def test_a_file_of_200_megabytes_is_not_read_into_memory(repository: Path) -> None:
