@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import Mock
@@ -38,9 +39,10 @@ from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.models import build_model
 from sonosco_mlflow.serialization import checkpoint as checkpoint_module
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint, verify_checkpoint
-from sonosco_mlflow.tracking import open_run
+from sonosco_mlflow.tracking import open_run, origin
 from sonosco_mlflow.tracking.changes import Change, input_changes
 from sonosco_mlflow.tracking.checkpoints import Deserializer
+from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.journal import DivergedError, read_rows
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -395,6 +397,18 @@ def changed_environment(project: Path, manifest: Manifest, patch: pytest.MonkeyP
     return None, manifest
 
 
+def changed_beside(project: Path, manifest: Manifest, patch: pytest.MonkeyPatch) -> tuple[Any, Manifest]:
+    """The project's requirements say nothing of pytest."""
+    describe = origin.describe_environment
+
+    def elsewhere(threads: int, canary: str, folder: Path) -> Environment:
+        found = describe(threads, canary, folder)
+        return replace(found, requirements=found.requirements.replace(f"pytest=={version('pytest')}", "pytest==0.1"))
+
+    patch.setattr(origin, "describe_environment", elsewhere)
+    return None, manifest
+
+
 def changed_numerics(project: Path, manifest: Manifest, patch: pytest.MonkeyPatch) -> tuple[Any, Manifest]:
     patch.setattr("sonosco_mlflow.tracking.origin.canary", lambda: "other")
     return None, manifest
@@ -405,6 +419,7 @@ CHANGED = {
     "config": (changed_config, "config: size was 1, is 2"),
     "data": (changed_data, r"data: the dev manifest \(\w{12}, was \w{12}\), .*train manifest"),
     "environment": (changed_environment, r"environment: python 3\.\S+ -> 3\.99\.0"),
+    "environment, beside": (changed_beside, r"distribution:pytest: was \S+, is 0\.1\n"),
     "numerics": (changed_numerics, "canary: the same operations give other bits here"),
 }
 
@@ -425,7 +440,7 @@ def test_a_change_is_refused_and_the_run_is_left_as_it_was(
     config, manifest = make(project, tone_manifest, monkeypatch)
     with pytest.raises(UserError, match=message) as raised:
         go_on(stopped.run.id, toy_trainer(manifest), project, config=config)
-    assert f"--allow-{change}-change" in str(raised.value)
+    assert f"--allow-{change.partition(',')[0]}-change" in str(raised.value)
     assert str(raised.value).count("--allow-") == 1
     assert look(stopped.run.id) == before
     assert checkpoint_files(stopped) == files

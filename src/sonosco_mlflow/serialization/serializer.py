@@ -115,7 +115,7 @@ def _require_types(value: Any, state: Mapping[str, Any]) -> None:
     now = value.state_dict() if state else {}
     for name, kept in state.items():
         found = getattr(now.get(name), "dtype", None)
-        if found != getattr(kept, "dtype", found):
+        if found is not None and found != getattr(kept, "dtype", found):
             raise UserError(
                 f"'{name}' was written as {kept.dtype}, and the {type(value).__name__} that was built again has "
                 f"{found}: its type was changed after it was made. Let its constructor make it so, or make it yourself "
