@@ -586,7 +586,7 @@ def test_a_trainer_that_goes_on_without_its_run_leaves_the_run_alone(tone_manife
 def test_a_full_disk_under_the_console_log_hides_no_error_and_keeps_no_run_open(
     tone_manifest: Manifest, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_run, "console_log", lambda path: console_log(Path("/dev/full")))
+    monkeypatch.setattr(open_run, "console_log", lambda path, clean: console_log(Path("/dev/full"), clean))
     experiment = Experiment.create(SETTINGS, project=project, name="toy")
     trainer = toy_trainer(tone_manifest)
     trainer.attach(Raises(ValueError("the real reason")))

@@ -107,6 +107,7 @@ def test_a_run_is_made_again_when_its_project_is_gone(world: Project, original: 
     assert run(["git", "status", "--porcelain", "--ignored"], world.folder).stdout == "!! .dvc/cache/\n"
 
 
+@pytest.mark.slow
 def test_a_part_is_proven_for_less_also_by_the_launcher(world: Project, original: str) -> None:
     count = len(world.runs())
     options = ("-P", f"run_id={original}", "-P", "env-manager=local", "-P", "until-step=2")

@@ -284,7 +284,7 @@ def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | 
         return None
     settings = dict(flatten(origin.settings))
     # Of another device the canary is not known here; what goes on is compared with it all the same.
-    canary = (CANARY,) if settings["training.device"] == "cpu" else ()
+    canary = (CANARY,) if settings.get("training.device", "cpu") == "cpu" else ()
     deciding = (CODE_DIGEST, IMPORTED_DIGEST, ENVIRONMENT_DIGEST, *canary)
     expected = {tag: digest for tag, digest in origin.tags().items() if tag in deciding} | {DATA_DIGEST: data_digest}
     same_code = f"tags.`{KIND}` = 'train' and tags.`{CODE_DIGEST}` = '{expected[CODE_DIGEST]}'"
@@ -294,7 +294,7 @@ def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | 
             continue
         # A run that was killed early has no data yet.
         same = all(tags.get(name, value) == value for name, value in expected.items())
-        if same and _trains_as(newest_segment(run), origin, settings["training.epochs"]):
+        if same and _trains_as(newest_segment(run), origin, settings.get("training.epochs")):
             return str(run.info.run_id)
     return None
 
