@@ -425,16 +425,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def only_here(stopped: Experiment) -> Path:
+    """Leave the last checkpoint to this machine, as where the tracking server was away; return its journal here."""
+    artifacts = Path(find_run(stopped.run.id).info.artifact_uri.removeprefix("file://"))
+    shutil.rmtree(artifacts / "checkpoints" / "step-00000005")
+    (artifacts / "journal.jsonl").unlink()
+    return stopped.folder / "journal.jsonl"
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_does_not_go_on_without_the_journal_of_its_checkpoint(
     tone_manifest: Manifest, project: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
-    # As where the tracking server was away: only this machine has the last checkpoint.
-    artifacts = Path(find_run(first.run.id).info.artifact_uri.removeprefix("file://"))
-    shutil.rmtree(artifacts / "checkpoints" / "step-00000005")
-    (artifacts / "journal.jsonl").unlink()
-    journal = first.folder / "journal.jsonl"
+    journal = only_here(first)
     whole = journal.read_bytes()
     harm, message = DAMAGES[damage]
     harm(journal)
@@ -455,10 +459,7 @@ def test_what_a_crash_left_behind_the_rows_of_the_checkpoint_is_no_damage(
     tone_manifest: Manifest, project: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_experiment(toy_trainer(tone_manifest, stop_at=5), project)
-    artifacts = Path(find_run(first.run.id).info.artifact_uri.removeprefix("file://"))
-    shutil.rmtree(artifacts / "checkpoints" / "step-00000005")
-    (artifacts / "journal.jsonl").unlink()
-    journal = first.folder / "journal.jsonl"
+    journal = only_here(first)
     # The length of a file may be on the disk, and the end of it, and not what lies between.
     journal.write_bytes(journal.read_bytes() + tail + Row(7, 7, 8, {"train_loss": 9.0}).line())
     monkeypatch.setattr("sonosco_mlflow.tracking.resumption.metric_records", lambda run_id: {})

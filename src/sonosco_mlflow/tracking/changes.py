@@ -77,7 +77,7 @@ def input_changes(
             continue
         try:
             found = make()
-            # Of software alone the digest says more than there is to tell.
+            # Two digests also differ by a distribution that stands beside in one of the two only: that is no change.
             changes += [found] if found.what else []
         except UserError as error:
             # A run that was killed as it began has not kept what it would be compared with.

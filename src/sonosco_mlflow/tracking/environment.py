@@ -61,7 +61,8 @@ class Environment:
     @property
     def named_digest(self) -> str:
         """The same without the distributions that stand beside: another program may import more or less."""
-        return self._digest("".join(f"{pin[0]}=={pin[1]}\n" for pin in self.pins.items() if pin[0] not in self.beside))
+        named = {name: version for name, version in self.pins.items() if name not in self.beside}
+        return self._digest("".join(f"{name}=={version}\n" for name, version in named.items()))
 
     @property
     def beside_digests(self) -> dict[str, str]:
