@@ -1,12 +1,15 @@
+import itertools
 import math
 
 import hypothesis.strategies as st
 import jiwer
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from sonosco_mlflow.metrics import (
     ErrorCounts,
+    bootstrap_interval,
     character_error_rate,
     character_errors,
     word_error_rate,
@@ -59,3 +62,27 @@ def test_words_without_a_reference_are_insertions() -> None:
 def test_lists_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
         word_error_rate(["A", "B"], ["A"])
+
+
+def test_a_bootstrap_interval_has_the_percentiles_of_all_resamples() -> None:
+    """Of five utterances there are few enough resamples to try them all; unlike lengths must be weighed."""
+    counts = [
+        ErrorCounts(substitutions=n, reference_length=length) for n, length in [(0, 9), (1, 4), (3, 5), (2, 2), (0, 1)]
+    ]
+    rates = [
+        sum(one.errors for one in drawn) / sum(one.reference_length for one in drawn)
+        for drawn in itertools.product(counts, repeat=len(counts))
+    ]
+    for confidence in (0.95, 0.6):
+        low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+        found = bootstrap_interval(counts, confidence=confidence)
+        assert found == pytest.approx((low, high), abs=0.02)
+        assert found == bootstrap_interval(counts, confidence=confidence), "the same counts give the same bounds"
+
+
+def test_a_bootstrap_interval_of_nothing_spoken_is_no_number() -> None:
+    assert all(map(math.isnan, bootstrap_interval([])))
+    assert all(map(math.isnan, bootstrap_interval([ErrorCounts(insertions=2)])))
+    counts = [ErrorCounts(insertions=2), ErrorCounts(reference_length=3, deletions=3)]
+    low, high = bootstrap_interval(counts)
+    assert 1.0 <= low < high

@@ -57,7 +57,11 @@ def test_a_run_leaves_what_dvc_keeps(project: Path, outcome: Outcome) -> None:
 def test_the_report_says_what_a_person_wants_to_know(outcome: Outcome) -> None:
     text = report(outcome)
     assert outcome.run_id in text
-    assert f"test_word_error_rate         {100 * outcome.metrics['test_word_error_rate']:6.2f} %" in text
+    assert f"test_word_error_rate         {100 * outcome.metrics['test_word_error_rate']:6.2f} %  (95 %: " in text
+    low, high = (100 * outcome.metrics[f"test_character_error_rate_{end}"] for end in ("lower", "upper"))
+    assert f"(95 %: {low:.2f} to {high:.2f})" in text
+    assert low <= 100 * outcome.metrics["test_character_error_rate"] <= high
+    assert "val_word_error_rate_lower" not in outcome.metrics
     assert text.count("reference") == text.count("hypothesis") == 3
     assert "mlflow ui --backend-store-uri sqlite:///" in text
 

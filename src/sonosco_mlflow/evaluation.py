@@ -3,14 +3,14 @@
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from matplotlib.figure import Figure
 
 from sonosco_mlflow.data.dataset import Sample
 from sonosco_mlflow.data.loader import collate
-from sonosco_mlflow.metrics import word_errors
+from sonosco_mlflow.metrics import bootstrap_interval, character_errors, word_errors
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.text import SpecialToken, Tokenizer
 from sonosco_mlflow.training.validation import Validation
@@ -36,6 +36,22 @@ def utterance_results(validation: Validation) -> list[UtteranceResult]:
         counts = word_errors([reference], [hypothesis])
         results.append(UtteranceResult(name, reference, hypothesis, counts.errors, counts.reference_length))
     return results
+
+
+def with_intervals(validation: Validation, prefix: str) -> Validation:
+    """Return ``validation`` with 95 % bootstrap intervals of its error rates, named ``<rate>_lower``, ``<rate>_upper``.
+
+    Args:
+        validation: an evaluation.
+        prefix: of its metrics' names.
+    """
+    metrics = dict(validation.metrics)
+    for rate, count in (("word_error_rate", word_errors), ("character_error_rate", character_errors)):
+        if (name := prefix + rate) in metrics:
+            pairs = zip(validation.references, validation.hypotheses, strict=True)
+            bounds = bootstrap_interval([count([reference], [hypothesis]) for reference, hypothesis in pairs])
+            metrics |= zip((f"{name}_lower", f"{name}_upper"), bounds, strict=True)
+    return replace(validation, metrics=metrics)
 
 
 def learning_curves(curves: Mapping[str, Curve]) -> bytes:

@@ -31,6 +31,7 @@ from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config, flatten
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.evaluation import with_intervals
 from sonosco_mlflow.reporting import log_results
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
@@ -374,7 +375,7 @@ class Experiment:
 
     def _finish(self, trainer: ModelTrainer) -> None:
         if self._test_loader is not None:
-            self.test = trainer.evaluate(self._test_loader, "test_")
+            self.test = with_intervals(trainer.evaluate(self._test_loader, "test_"), "test_")
             # No checkpoint counts it: a resume makes it again.
             self.opened.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
         weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"

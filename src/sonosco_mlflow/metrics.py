@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
+
+from sonosco_mlflow.determinism import random_stream
 from sonosco_mlflow.serialization.parameters import serializable
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
@@ -94,3 +97,35 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> flo
 def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """Return summed character errors over summed reference characters, a fraction."""
     return character_errors(references, hypotheses).rate
+
+
+def bootstrap_interval(
+    counts: Sequence[ErrorCounts], *, confidence: float = 0.95, resamples: int = 10_000
+) -> tuple[float, float]:
+    """Return the bounds between which the rate of a set lies with ``confidence``, were other utterances drawn.
+
+    Percentiles of the rates of ``resamples`` sets of as many utterances, drawn from these with replacement (Bisani and
+    Ney 2004, "Bootstrap estimates for confidence intervals in ASR performance evaluation", section 2). Errors of one
+    utterance stay together, since they depend on each other. The same counts give the same bounds.
+
+    Args:
+        counts: the utterances'.
+        confidence: share of the resampled rates that lies between the bounds, in (0, 1).
+        resamples: number of sets.
+
+    Returns:
+        The lower and the upper bound, fractions; NaN where the references are empty.
+    """
+    errors = np.array([one.errors for one in counts], dtype=np.int64)
+    lengths = np.array([one.reference_length for one in counts], dtype=np.int64)
+    if not lengths.sum():
+        return float("nan"), float("nan")
+    stream = random_stream("bootstrap", resamples)
+    rates = []
+    for _ in range(resamples):
+        drawn = (stream.random(len(counts)) * len(counts)).astype(np.int64)
+        length = int(lengths[drawn].sum())
+        # Of a set without a single reference word there is no rate.
+        rates += [int(errors[drawn].sum()) / length] if length else []
+    low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -20,6 +20,7 @@ from sonosco_mlflow.evaluation import (
     metrics_table,
     transcripts,
     utterance_results,
+    with_intervals,
 )
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
@@ -261,6 +262,7 @@ def evaluate(
                 decoder=TextDecoder(loader.tokenizer),
                 metrics=[word_error_rate, character_error_rate],
             )
+            validation = with_intervals(validation, f"{split}_")
             run.log_metrics(validation.metrics, step=0)
             table = utterance_results(validation)
             run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")
@@ -305,7 +307,7 @@ def run_of(file: Path) -> str:
 def report(outcome: Outcome) -> str:
     """Return what a person wants to read at the end of a run."""
     rates = {name: value for name, value in outcome.metrics.items() if name.endswith("error_rate")}
-    lines = [f"  {name:<28} {100 * value:6.2f} %" for name, value in rates.items()]
+    lines = [f"  {name:<28} {100 * value:6.2f} %{_interval(outcome.metrics, name)}" for name, value in rates.items()]
     uri = without_secrets(os.environ["MLFLOW_TRACKING_URI"])
     return "\n".join(
         [
@@ -317,6 +319,12 @@ def report(outcome: Outcome) -> str:
             f"see it:  mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"see it:  {uri}",
         ]
     )
+
+
+def _interval(metrics: Mapping[str, float], rate: str) -> str:
+    if f"{rate}_lower" not in metrics:
+        return ""
+    return f"  (95 %: {100 * metrics[f'{rate}_lower']:.2f} to {100 * metrics[f'{rate}_upper']:.2f})"
 
 
 def _recipe_of(newest: Segment) -> Config:
