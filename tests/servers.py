@@ -100,7 +100,8 @@ class TrackingServer(Server):
         return ["mlflow", "server", *place, *store, "--artifacts-destination", self.artifacts]
 
     def variables(self) -> Mapping[str, str]:
-        return self._variables
+        # Its workers for background jobs, a dozen processes that each import all of MLflow, have nothing to do here.
+        return {**self._variables, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 class ObjectStore(Server):

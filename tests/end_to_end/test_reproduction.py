@@ -5,10 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
 from ruamel.yaml import YAML
 
 from project import REPOSITORY, Project, make_project, run, with_artifacts
+from sonosco_mlflow import reproduction
+from sonosco_mlflow.errors import UserError
 from toy import tone_corpus, tone_texts
 
 MLFLOW = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
@@ -141,14 +144,20 @@ def test_where_they_part_is_named_with_the_input_that_differs(world: Project, or
     assert any("model.safetensors: " in item["what"] for item in differences)
 
 
-def test_what_cannot_be_made_again_is_refused_before_anything_runs(world: Project, original: str) -> None:
+def test_what_cannot_be_made_again_is_refused_before_anything_runs(
+    world: Project, original: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", world.variables["MLFLOW_TRACKING_URI"])
+    mlflow.set_tracking_uri(None)
     count = len(world.runs())
-    said = reproduce(world, "nonsense", status=1)
-    assert "run 'nonsense' is not in the tracking store" in said
-    said = world.run([*SONOSCO, "reproduce", original, "--env-manager", "conda"], 1)
-    assert "env-manager is 'conda', expected uv or local" in said
-    said = reproduce(world, original, "--until-step", "99999", status=1)
-    assert "--until-step 99999 has nothing to be compared with" in said
+    for run_id, options, message in (
+        ("nonsense", {}, "run 'nonsense' is not in the tracking store"),
+        (original, {"environment_manager": "conda"}, "env-manager is 'conda', expected uv or local"),
+        (original, {"until_step": 99999}, "--until-step 99999 has nothing to be compared with"),
+    ):
+        with pytest.raises(UserError, match=message):
+            reproduction.reproduce(run_id, Path(), **options)  # type: ignore[arg-type]
     system = Path(world.client.get_run(original).info.artifact_uri) / "environment" / "system.json"
     text = system.read_text()
     try:
@@ -229,7 +238,8 @@ def test_another_number_of_threads_is_named(tmp_path: Path, empty_database: Path
     assert "likely cause  numerics: threads was 1, is 2" in said
 
 
-@pytest.mark.parametrize("place", [pytest.param("repository", marks=pytest.mark.slow), "elsewhere"])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["repository", "elsewhere"])
 def test_a_run_of_a_program_of_the_users_is_made_again(tmp_path: Path, empty_database: Path, place: str) -> None:
     """It lies in the project, which is a repository; or outside of it, as its model does, and git knows of nothing."""
     folder, tones = tmp_path / "project", tmp_path / "tones"

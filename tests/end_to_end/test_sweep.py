@@ -91,6 +91,24 @@ def test_two_that_begin_a_sweep_of_one_name_at_once_have_one_run(
     assert [run.info.run_id for run in found] == [done.run_id]
 
 
+@pytest.mark.usefixtures("tracking_store")
+def test_another_sweep_of_that_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_train", lambda *_: None)
+    space = read_space(["training.seed=1,2"])
+    begin(tmp_path, space)
+    other = Config.resolve({}, {"tracking.experiment": tmp_path.name, "optimizer.lr": "0.1"})
+    with pytest.raises(UserError, match="the sweep 'both' was begun with another recipe and objective"):
+        sweep.sweep(other, space, tmp_path, name="both", trials=1, objective="val_loss")
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_metric_that_no_training_has_is_refused_before_the_first(tmp_path: Path) -> None:
+    config = Config.resolve({}, {"tracking.experiment": tmp_path.name})
+    with pytest.raises(UserError, match="--objective val_wer: no recipe's training has it"):
+        sweep.sweep(config, read_space(["training.seed=1,2"]), tmp_path, name="new", objective="val_wer")
+    assert mlflow.get_experiment_by_name(tmp_path.name) is None
+
+
 # ---------------------------------------------------------------------- the trainings
 
 
@@ -103,6 +121,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> P
     return Project(made, folder / "mlflow.db")
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_finishes_only_what_is_missing(project: Project) -> None:
     first = project.begin(SWEEP)
     # Of the sweep nothing is left; its training goes on for a while.
@@ -138,20 +157,6 @@ def test_a_sweep_that_is_killed_finishes_only_what_is_missing(project: Project) 
 def test_a_training_of_a_sweep_is_made_again_like_any_other(project: Project) -> None:
     made = project.trainings()[1].info.run_id
     assert "**bit-identical**" in project.run([*SONOSCO, "reproduce", made, "--env-manager", "local"])
-
-
-def test_another_sweep_of_that_name_is_refused(project: Project) -> None:
-    said = project.run([*SWEEP, "--objective", "val_loss", "--set", "optimizer.lr=0.1"], status=1)
-    assert "the sweep 'sizes' was begun with another recipe and objective" in said
-
-
-def test_a_metric_that_no_training_has_is_refused_before_the_first(project: Project) -> None:
-    count = len(project.runs())
-    said = project.run(
-        [*SONOSCO, "sweep", "--name", "new", "--over", "training.seed=1,2", "--objective", "val_wer"], status=1
-    )
-    assert "--objective val_wer: no recipe's training has it" in said
-    assert len(project.runs()) == count
 
 
 @pytest.mark.slow
