@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+import obvious
 import torch
+from competitor import N_MELS, Task, imports_are_done, parameters, serve, training_step
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import obvious
-from competitor import N_MELS, Task, imports_are_done, parameters, serve, training_step
 from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.models import build_model, model_settings
 from sonosco_mlflow.models.attention import AttentionModel, sequence_loss, shifted

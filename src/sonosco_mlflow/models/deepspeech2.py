@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.models.ctc import CTCModel
 from sonosco_mlflow.models.layers import CELLS, Dropout, LookAhead, MaskedBatchNorm, Recurrent, subsampled, valid_frames
+from sonosco_mlflow.models.recurrence import CLIP
 from sonosco_mlflow.serialization.parameters import serializable
 
 
@@ -37,7 +39,8 @@ class Convolution(nn.Module):
         """Return ``[batch, time, bands, channels]``, zero in the padding, and lengths, each sub-sampled."""
         mixed = self.convolution(pictures.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         lengths = subsampled(lengths, self.stride[0])
-        clipped = self.norm(mixed, lengths).clamp(0.0, 20.0)
+        # Backwards, hardtanh is one pass where clamp is four.
+        clipped = functional.hardtanh(self.norm(mixed, lengths), 0.0, CLIP)
         return clipped * valid_frames(lengths, clipped.shape[1])[..., None, None], lengths
 
 
