@@ -4,11 +4,11 @@
     python benchmarks/step_time.py --only las/small --rounds 5      # one of them, a shorter look
     python benchmarks/step_time.py --no-peers                       # without an environment for SpeechBrain
 
-A step is forward, backward and AdamW, on one thread, under deterministic algorithms. Each competitor is a process of
-its own that keeps its model and batch; in a round each makes one step, one right after another and in an order that
-rotates, so that what else the machine does falls on all of them. Seconds are the process's own, which is one thread: on
-a machine that does nothing else they are those of the clock. A ratio is taken within a round; the table gives the median
-of the rounds and the smallest and largest.
+A step is forward, backward and AdamW, on one thread, under deterministic algorithms. Each competitor is a process
+of its own that keeps its model and batch; in a round each makes one step, one right after another and in an order
+that rotates, so that what else the machine does falls on all of them. Seconds are the process's own, which has one
+thread: on a machine that does nothing else they are the clock's. A ratio is taken within a round; the table gives
+the median of the rounds and the smallest and largest.
 
 ours        the model as it stands in this package
 obvious     the same architecture and weights, written down the way that comes to mind first: a loop over decoder

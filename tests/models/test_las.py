@@ -55,9 +55,7 @@ def test_scheduled_sampling_draws_from_the_model(build: Callable[..., LAS], batc
     assert (model.perturb(previous, memory)[:, 1:] == 7).all()
 
 
-def test_scheduled_sampling_follows_the_model_s_own_prefix_where_steps_are_made_one_by_one(
-    build: Callable[..., LAS], batch: Batch
-) -> None:
+def test_scheduled_sampling_reaches_steps_that_are_made_one_by_one(build: Callable[..., LAS], batch: Batch) -> None:
     """A model that is sure of one token reads it from then on, whatever the reference says."""
     model = build("las", input_feeding=True, scheduled_sampling=1.0, dropout=0.0)
     previous, _ = shifted(batch.tokens, batch.token_lengths)
