@@ -2,8 +2,8 @@
 
 The listener is a pyramid of bidirectional LSTMs, each of which reads neighbouring frames joined into one, so
 that the speller attends to few frames. The speller is an LSTM over the previous tokens. In the paper it also
-reads the context it attended to before; without that ("input feeding") all steps are one product, and the
-decoder costs a ninth.
+reads the context it attended to before ("input feeding"), and location-aware attention reads its last weights:
+then steps are made one by one. Without either, all steps are one product.
 """
 
 from collections.abc import Mapping, Sequence
