@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from sonosco_mlflow.models.stepwise import LSTMSteps, RepeatedProduct
+from sonosco_mlflow.models.stepwise import LSTMSteps, RepeatedProduct, repeated
 
 
 def double(*shape: int) -> Tensor:
@@ -63,3 +63,15 @@ def test_lstm_steps_equal_the_layer() -> None:
             strict=True,
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_repeated_layers_equal_the_layers() -> None:
+    for module in (nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5))):
+        module, results = module.double(), []
+        rows = torch.ones(2, 1, 5, dtype=torch.float64, requires_grad=True)
+        for layer in (repeated(module), module):
+            once = layer(rows)
+            total = layer(once + rows).square().sum()
+            results.append((total, *torch.autograd.grad(total, [rows, *module.parameters()])))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)

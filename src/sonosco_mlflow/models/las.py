@@ -17,7 +17,7 @@ from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.models.attention import AttentionModel, Memory, weigh
 from sonosco_mlflow.models.energies import ENERGIES, build_energy, projection
 from sonosco_mlflow.models.layers import Dropout, Recurrent, join_neighbours, subsampled, valid_frames
-from sonosco_mlflow.models.stepwise import LSTMSteps, RepeatedProduct
+from sonosco_mlflow.models.stepwise import LSTMSteps, RepeatedProduct, repeated
 from sonosco_mlflow.serialization.parameters import serializable
 
 
@@ -215,31 +215,29 @@ class LAS(AttentionModel):
         else:
             context, weights, hidden, cells = state
         speller = LSTMSteps(self.speller, self.embedding.embedding_dim)
-        scores, read = self.energy.in_steps(memory.keys), RepeatedProduct(memory.values.mT)
+        queries, scores = repeated(self.queries), self.energy.in_steps(memory.keys)
+        read = RepeatedProduct(memory.values.mT)
         padding = ~valid_frames(memory.lengths, memory.keys.shape[1])[:, None]
         blocked = torch.zeros_like(weights).masked_fill(padding, float("-inf"))
         biases = (blocked if bias is None else blocked + bias).expand(-1, steps, -1)
         of_tokens = speller.of_tokens(self.embedding(previous))
         replaced = torch.rand(previous.shape, device=previous.device) < sampling if sampling else None
-        logits: Tensor | None = None
         made: list[tuple[Tensor, Tensor]] = []
         for step in range(steps):
             of_token = of_tokens[:, step : step + 1]
-            if replaced is not None and logits is not None:
-                drawn = speller.of_tokens(self.embedding(_draw(logits.detach())))
-                of_token = torch.where(replaced[:, step, None, None], drawn, of_token)
+            if replaced is not None and made:
+                with torch.no_grad():
+                    drawn = _draw(self.output(made[-1][0]))
+                of_drawn = speller.of_tokens(self.embedding(drawn))
+                of_token = torch.where(replaced[:, step, None, None], of_drawn, of_token)
             fed = context if self.input_feeding else context[..., :0]
             hidden, cells = speller(of_token, fed, hidden, cells)
             top = hidden[:, -1:]
-            weights = (scores(self.queries(top), weights) + biases[:, step : step + 1]).softmax(dim=-1)
+            weights = (scores(queries(top), weights) + biases[:, step : step + 1]).softmax(dim=-1)
             context = read(weights)
-            joined = torch.cat([top, context], dim=-1)
-            if replaced is not None:
-                logits = self.output(joined)
-            made.append((joined if logits is None else logits, weights))
-        results, all_weights = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
-        all_logits = self.output(results) if replaced is None else results
-        return all_logits, all_weights, (context, weights, hidden, cells)
+            made.append((torch.cat([top, context], dim=-1), weights))
+        joined, all_weights = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
+        return self.output(joined), all_weights, (context, weights, hidden, cells)
 
 
 def _draw(logits: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from costing what it costs when written down plainly: whatever does not depend o
 all steps, and so are the gradients of all that each step is multiplied with.
 """
 
+from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 
 class RepeatedProduct:
@@ -33,7 +34,7 @@ class RepeatedProduct:
         self._matrix: Tensor = _Gathered.apply(matrix, self._notes)  # type: ignore[no-untyped-call]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return ``[batch, 1, outputs]`` of ``rows`` ``[batch, 1, inputs]``."""
+        """Return ``[batch, steps, outputs]`` of ``rows`` ``[batch, steps, inputs]``, of one step or of some."""
         product: Tensor = _Noted.apply(rows, self._matrix, self._notes)  # type: ignore[no-untyped-call]
         return product
 
@@ -76,6 +77,18 @@ class _Noted(Function):
         return gradient @ matrix, None, None
 
 
+def repeated(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a linear layer with a bias, or a sequence of layers, does, for one step after another."""
+    match module:
+        case nn.Linear():
+            product = RepeatedProduct(module.weight)
+            return lambda rows: product(rows) + module.bias
+        case nn.Sequential():
+            layers = [repeated(layer) for layer in module]
+            return lambda rows: reduce(lambda values, layer: layer(values), layers, rows)
+    return module
+
+
 class LSTMSteps:
     """The levels of an ``nn.LSTM``, one step at a time.
 
@@ -88,7 +101,7 @@ class LSTMSteps:
     def __init__(self, layer: nn.LSTM, embedding_size: int) -> None:
         levels = range(layer.num_layers)
         first = layer.get_parameter("weight_ih_l0")
-        self._embedded, fed = first[:, :embedding_size], first[:, embedding_size:]
+        self._embedded, fed = RepeatedProduct(first[:, :embedding_size]), first[:, embedding_size:]
         from_below = [fed, *(layer.get_parameter(f"weight_ih_l{level}") for level in levels[1:])]
         self._biases = [
             layer.get_parameter(f"bias_ih_l{level}") + layer.get_parameter(f"bias_hh_l{level}") for level in levels
@@ -99,8 +112,8 @@ class LSTMSteps:
         ]
 
     def of_tokens(self, embedded: Tensor) -> Tensor:
-        """Return the share of the tokens in the first level's gates, ``[batch, steps, 4 * units]``, of all steps."""
-        return functional.linear(embedded, self._embedded, self._biases[0])
+        """Return the tokens' share of the first level's gates, ``[batch, steps, 4 * units]``, of one step or of all."""
+        return self._embedded(embedded) + self._biases[0]
 
     def __call__(self, of_token: Tensor, fed: Tensor, hidden: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Make one step.
