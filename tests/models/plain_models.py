@@ -198,7 +198,7 @@ def las(
     """Return loss, logits and alignment of one utterance in training, with the soft window.
 
     With scheduled sampling the draws are those of a batch of this utterance alone: first for all steps whether a token
-    is replaced, then each step's token.
+    is replaced, then each token that is.
     """
     heard = listener(weights, settings, frames)
     attention = settings["attention"]
@@ -218,9 +218,8 @@ def las(
     logits: list[Tensor] = []
     alignment = []
     for step, token in enumerate(shown):
-        if sampling and step:
-            drawn = int(torch.multinomial(logits[-1].detach().softmax(0)[None], 1))
-            token = drawn if replaced[step] else token
+        if step and replaced[step]:
+            token = int(torch.multinomial(logits[-1].detach().softmax(0)[None], 1))
         value = weights("embedding.weight")[token]
         if settings["input_feeding"]:
             value = torch.cat([value, context])

@@ -222,10 +222,11 @@ class LAS(AttentionModel):
         biases = (blocked if bias is None else blocked + bias).expand(-1, steps, -1)
         of_tokens = speller.of_tokens(self.embedding(previous))
         replaced = torch.rand(previous.shape, device=previous.device) < sampling if sampling else None
+        draws = [False] * steps if replaced is None else replaced.any(dim=0).tolist()
         made: list[tuple[Tensor, Tensor]] = []
         for step in range(steps):
             of_token = of_tokens[:, step : step + 1]
-            if replaced is not None and made:
+            if replaced is not None and draws[step] and made:
                 with torch.no_grad():
                     drawn = _draw(self.output(made[-1][0]))
                 of_drawn = speller.of_tokens(self.embedding(drawn))
