@@ -43,11 +43,15 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What to train on and how to load it. ``corpus`` and ``source`` decide the data; the rest only how it is read."""
+    """What to train on and how to load it. ``corpus`` and ``source`` decide the data; the rest only how it is read.
+
+    ``sorta_grad`` has the first epoch go from short utterances to long ones.
+    """
 
     corpus: str = "default"
     source: str | None = None
     frames_per_batch: Positive = 6000
+    sorta_grad: bool = False
     workers: NotNegative = 0
     processes: Positive = 2
 

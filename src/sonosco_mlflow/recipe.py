@@ -92,6 +92,7 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
         frames_per_batch=config.data.frames_per_batch,
         seed=config.training.seed if training else None,
         workers=config.data.workers,
+        sorta_grad=training and config.data.sorta_grad,
     )
 
 

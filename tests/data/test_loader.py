@@ -120,6 +120,17 @@ def test_an_epoch_begins_at_any_batch_without_those_before(
         assert len(loaded) == sum(map(len, loader.plan.batches(1)[start:]))
 
 
+def test_sorta_grad_begins_with_short_utterances_and_may_be_continued_anywhere(tone_manifest: Manifest) -> None:
+    plain = tone_loader(tone_manifest)
+    loader = AudioDataLoader(plain.dataset, frames_per_batch=120, seed=0, sorta_grad=True)
+    assert loader.digest != plain.digest
+    longest = [int(batch.feature_lengths.max()) for batch in loader.epoch(0)]
+    assert longest == sorted(longest)
+    assert [batch.ids for batch in loader.epoch(1)] == [batch.ids for batch in plain.epoch(1)]
+    expected = [digest(batch) for batch in loader.epoch(0)]
+    assert [digest(batch) for batch in loader.epoch(0, start=3)] == expected[3:]
+
+
 def test_loading_draws_from_no_global_generator(tone_manifest: Manifest) -> None:
     before = torch.get_rng_state()
     for workers in (0, 1):

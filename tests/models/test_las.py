@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from itertools import product
 
 import torch
 
 from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.models.attention import shifted
+from sonosco_mlflow.models.energies import ENERGIES
 from sonosco_mlflow.models.las import LAS
 
 
@@ -14,8 +16,8 @@ def test_listener_joins_frames(build: Callable[..., LAS], batch: Batch) -> None:
 
 
 def test_steps_at_once_equal_steps_one_by_one(build: Callable[..., LAS], batch: Batch) -> None:
-    for feeding in (False, True):
-        model = build("las", input_feeding=feeding, speller_layers=2).eval()
+    for feeding, attention in product((False, True), ENERGIES):
+        model = build("las", input_feeding=feeding, attention=attention, speller_layers=2).eval()
         memory = model.encode(batch.features, batch.feature_lengths)
         previous, _ = shifted(batch.tokens, batch.token_lengths)
         together, weights, _ = model.spell(previous, memory)
@@ -51,3 +53,30 @@ def test_scheduled_sampling_draws_from_the_model(build: Callable[..., LAS], batc
     with torch.no_grad():
         model.output[-1].bias[7] = 1e4
     assert (model.perturb(previous, memory)[:, 1:] == 7).all()
+
+
+def test_scheduled_sampling_reaches_steps_that_are_made_one_by_one(build: Callable[..., LAS], batch: Batch) -> None:
+    """A model that is sure of one token reads it from then on, whatever the reference says."""
+    model = build("las", input_feeding=True, scheduled_sampling=1.0, dropout=0.0)
+    previous, _ = shifted(batch.tokens, batch.token_lengths)
+    memory = model.encode(batch.features, batch.feature_lengths)
+    with torch.no_grad():
+        model.output[-1].bias[7] = 1e4
+    sevens = torch.full_like(previous, 7)
+    sevens[:, 0] = previous[:, 0]
+    expected, _, _ = model.spell(sevens, memory)
+    found, _, _ = model.spell_in_training(previous, memory)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    reference, _, _ = model.spell(previous, memory)
+    assert not torch.allclose(found, reference, rtol=0, atol=1e-3)
+
+
+def test_location_lets_the_last_weights_reach_the_next_step(build: Callable[..., LAS], batch: Batch) -> None:
+    model = build("las", attention="location").eval()
+    memory = model.encode(batch.features, batch.feature_lengths)
+    previous, _ = shifted(batch.tokens, batch.token_lengths)
+    bias = torch.zeros(8, previous.shape[1], memory.keys.shape[1])
+    _, free, _ = model.spell(previous, memory, bias=bias)
+    bias[:, 0, 1:] = float("-inf")
+    _, held, _ = model.spell(previous, memory, bias=bias)
+    assert not torch.equal(free[:, 1], held[:, 1])

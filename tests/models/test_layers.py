@@ -3,6 +3,8 @@ import torch
 from torch import nn
 
 from sonosco_mlflow.models.layers import (
+    Dropout,
+    LookAhead,
     MaskedBatchNorm,
     Recurrent,
     join_neighbours,
@@ -77,3 +79,60 @@ def test_merging_of_directions() -> None:
     torch.testing.assert_close(summed(sequences, LENGTHS), ahead + back)
     torch.testing.assert_close(forward(sequences, LENGTHS), ahead)
     assert (both.output_size, summed.output_size, forward.output_size) == (12, 6, 6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_at_every_place(share: float) -> None:
+    torch.manual_seed(0)
+    dropout, values = Dropout(share), torch.ones(40_003, requires_grad=True)
+    dropped = dropout(values)
+    for place in range(4):  # of the four values that share a draw
+        assert (dropped[place::4] == 0).float().mean() == pytest.approx(share, abs=0.02)
+    # Neighbours of one draw are independent: both are dropped as often as chance has it.
+    quads = (dropped[:40_000] == 0).float().reshape(-1, 4)
+    for one, other in ((0, 1), (1, 2), (2, 3), (0, 3)):
+        assert (quads[:, one] * quads[:, other]).mean() == pytest.approx(share**2, abs=0.02)
+    kept = dropped[dropped != 0].detach()
+    assert kept.unique().numel() == 1
+    assert float(kept[0]) == pytest.approx(1 / (1 - share), rel=1e-4)
+    dropped.sum().backward()
+    assert torch.equal(values.grad, dropped.detach())
+
+
+def test_dropout_scales_by_the_share_that_it_really_keeps() -> None:
+    dropout = Dropout(0.2)
+    kept = float(dropout(torch.ones(1000)).max())
+    assert kept * (1 - dropout.dropped / 2**16) == pytest.approx(1.0, abs=1e-7)
+
+
+def test_dropout_draws_from_the_global_generator_and_in_training_alone() -> None:
+    dropout, values = Dropout(0.3), torch.randn(3, 5, 7)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(dropout(values))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    before = torch.get_rng_state()
+    assert Dropout(0.0)(values) is values
+    assert dropout.eval()(values) is values
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 2.0])
+def test_dropout_of_everything_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"dropout is {share}"):
+        Dropout(share)
+
+
+def test_the_future_that_is_read_ends_with_the_utterance() -> None:
+    layer, sequences = LookAhead(2, 3), torch.randn(3, 5, 2)
+    noisy = torch.where(valid_frames(LENGTHS, 5)[..., None], sequences, 9.0)
+    weights = layer.convolution.weight[:, 0, :, 0]
+    mixed = layer(noisy, LENGTHS)
+    assert mixed.shape == sequences.shape
+    for row, length in enumerate(LENGTHS.tolist()):
+        for frame in range(length):
+            soon = sequences[row, frame : min(length, frame + 4)]
+            expected = (weights[:, : len(soon)].T * soon).sum(dim=0)
+            torch.testing.assert_close(mixed[row, frame], expected)

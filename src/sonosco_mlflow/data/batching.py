@@ -28,10 +28,17 @@ class BatchPlan:
         seed: key of the shuffling; None keeps the order of length (evaluation).
         jitter: spread of the random factor on an utterance's length before sorting. It mixes neighbours between
             epochs at a small cost in padding.
+        sorta_grad: whether the batches of the first epoch come in the order of their longest utterances, the shortest
+            first (Amodei et al. 2016, section 3.3): early in training, CTC goes astray on long utterances.
     """
 
     def __init__(
-        self, frames: Sequence[int], frames_per_batch: int, seed: int | None = None, jitter: float = 0.05
+        self,
+        frames: Sequence[int],
+        frames_per_batch: int,
+        seed: int | None = None,
+        jitter: float = 0.05,
+        sorta_grad: bool = False,
     ) -> None:
         if frames_per_batch < 1:
             raise UserError(f"data.frames_per_batch is {frames_per_batch}, expected at least 1")
@@ -39,11 +46,14 @@ class BatchPlan:
         self.frames_per_batch = frames_per_batch
         self.seed = seed
         self.jitter = jitter
+        self.sorta_grad = sorta_grad
 
     @property
     def digest(self) -> str:
         """Hexadecimal sha256 of all that the batches depend on."""
-        settings = json.dumps([self.frames_per_batch, self.seed, self.jitter]).encode()
+        # Runs from before there was SortaGrad have its digest without it.
+        order = ["sorta_grad"] if self.sorta_grad else []
+        settings = json.dumps([self.frames_per_batch, self.seed, self.jitter, *order]).encode()
         return hashlib.sha256(settings + self.frames.astype("<i8").tobytes()).hexdigest()
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -53,6 +63,8 @@ class BatchPlan:
         stream = random_stream(self.seed, "batches", epoch)
         noise = 1.0 + self.jitter * (2.0 * stream.random(len(self.frames)) - 1.0)
         batches = self._cut(np.argsort(self.frames * noise, kind="stable"))
+        if self.sorta_grad and epoch == 0:
+            return sorted(batches, key=lambda batch: int(self.frames[batch].max()))
         # argsort of uniform draws rather than permutation(): uniform draws are the same on every instruction set.
         return [batches[i] for i in np.argsort(stream.random(len(batches)), kind="stable")]
 

@@ -128,14 +128,21 @@ class AudioDataLoader:
         frames_per_batch: bound on the padded size of a batch, in frames.
         seed: key of the order; None orders by length, the same in every epoch (evaluation).
         workers: processes that load ahead; the batches do not depend on it. 0 loads in this process.
+        sorta_grad: whether the first epoch goes from short utterances to long ones.
     """
 
     def __init__(
-        self, dataset: AudioDataset, *, frames_per_batch: int, seed: int | None = None, workers: int = 0
+        self,
+        dataset: AudioDataset,
+        *,
+        frames_per_batch: int,
+        seed: int | None = None,
+        workers: int = 0,
+        sorta_grad: bool = False,
     ) -> None:
         self.dataset = dataset
         self.workers = workers
-        self.plan = BatchPlan(dataset.frames, frames_per_batch, seed)
+        self.plan = BatchPlan(dataset.frames, frames_per_batch, seed, sorta_grad=sorta_grad)
 
     @property
     def tokenizer(self) -> Tokenizer:

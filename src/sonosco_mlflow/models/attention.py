@@ -46,7 +46,11 @@ def attend(queries: Tensor, memory: Memory, bias: Tensor | None = None) -> tuple
         Contexts ``[batch, steps, value]`` and weights ``[batch, steps, frames]``; padding frames weigh
         exactly 0.
     """
-    scores = queries @ memory.keys.transpose(1, 2) / memory.keys.shape[-1] ** 0.5
+    return weigh(queries @ memory.keys.transpose(1, 2) / memory.keys.shape[-1] ** 0.5, memory, bias)
+
+
+def weigh(scores: Tensor, memory: Memory, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return contexts and weights as :func:`attend` does, of ``scores`` ``[batch, steps, frames]``."""
     if bias is not None:
         scores = scores + bias
     padding = ~valid_frames(memory.lengths, scores.shape[-1])
@@ -68,7 +72,7 @@ def soft_window(memory: Memory, steps: int, step_lengths: Tensor, sigma: float) 
     """
     frame_positions = torch.arange(memory.keys.shape[1], device=step_lengths.device)
     step_positions = torch.arange(steps, device=step_lengths.device)
-    centres = step_positions * (memory.lengths / step_lengths)[:, None]
+    centres = step_positions * (memory.lengths.to(memory.keys.dtype) / step_lengths)[:, None]
     return -(frame_positions - centres[..., None]).square() / (2 * sigma**2)
 
 
@@ -133,7 +137,8 @@ class AttentionModel(SpeechModel):
         Args:
             previous: ``[batch, steps]``, the tokens before each step.
             memory: the encoded batch.
-            state: what the call for the steps before returned; None at the start.
+            state: what the call for the steps before returned; None at the start. The first dimension of each of
+                its tensors is the batch.
             bias: ``[batch, steps, frames]``, added to the attention scores.
 
         Returns:
@@ -142,21 +147,27 @@ class AttentionModel(SpeechModel):
         """
 
     @abstractmethod
-    def perturb(self, previous: Tensor, memory: Memory) -> Tensor:
-        """Return ``previous`` ``[batch, steps]`` as training shows it, by draws from torch's generator."""
+    def spell_in_training(
+        self, previous: Tensor, memory: Memory, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Decode as :meth:`spell`, some previous tokens being replaced by draws from torch's generator.
+
+        So a decoder learns to go on after a mistake of its own.
+        """
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Return loss, logits and alignment of ``batch`` under teacher forcing."""
         memory = self.encode(batch.features, batch.feature_lengths)
         previous, targets = shifted(batch.tokens, batch.token_lengths)
         lengths = batch.token_lengths + 1
-        bias, smoothing = None, 0.0
         if self.training:
-            previous, smoothing = self.perturb(previous, memory), self.label_smoothing
+            bias = None
             if self.soft_window:
                 bias = soft_window(memory, previous.shape[1], lengths, self.soft_window_sigma)
-        logits, weights, _ = self.spell(previous, memory, bias=bias)
-        loss = sequence_loss(logits, targets, lengths, smoothing)
+            logits, weights, _ = self.spell_in_training(previous, memory, bias)
+        else:
+            logits, weights, _ = self.spell(previous, memory)
+        loss = sequence_loss(logits, targets, lengths, self.label_smoothing if self.training else 0.0)
         return ModelOutput(loss, logits, lengths, weights)
 
     @torch.no_grad()

@@ -1,21 +1,19 @@
 """DeepSpeech2 (Amodei et al. 2016, arXiv 1512.02595): convolutions, batch-normed recurrent layers, CTC.
 
-Two departures from the paper. Batch norm stands before a recurrent layer's input product, not behind it, so
-that torch's fused layers can be used. Simple recurrent cells use tanh in place of the clipped ReLU, for the
-same reason.
+One departure: batch norm stands before a recurrent layer's input product, not behind it, so that torch's fused LSTM can
+be used.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from sonosco_mlflow.data.loader import Batch
-from sonosco_mlflow.decoding.greedy import ctc_greedy, ctc_log_likelihood
 from sonosco_mlflow.errors import UserError, nearest
-from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
-from sonosco_mlflow.models.layers import CELLS, MaskedBatchNorm, Recurrent, subsampled, valid_frames
+from sonosco_mlflow.models.ctc import CTCModel
+from sonosco_mlflow.models.layers import CELLS, Dropout, LookAhead, MaskedBatchNorm, Recurrent, subsampled, valid_frames
+from sonosco_mlflow.models.recurrence import CLIP
 from sonosco_mlflow.serialization.parameters import serializable
 
 
@@ -41,12 +39,13 @@ class Convolution(nn.Module):
         """Return ``[batch, time, bands, channels]``, zero in the padding, and lengths, each sub-sampled."""
         mixed = self.convolution(pictures.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         lengths = subsampled(lengths, self.stride[0])
-        clipped = self.norm(mixed, lengths).clamp(0.0, 20.0)
+        # Backwards, hardtanh is one pass where clamp is four.
+        clipped = functional.hardtanh(self.norm(mixed, lengths), 0.0, CLIP)
         return clipped * valid_frames(lengths, clipped.shape[1])[..., None, None], lengths
 
 
 @serializable
-class DeepSpeech2(SpeechModel):
+class DeepSpeech2(CTCModel):
     """DeepSpeech2.
 
     Args:
@@ -57,15 +56,17 @@ class DeepSpeech2(SpeechModel):
         band_kernels: mel bands that each convolution spans; odd.
         time_strides: sub-sampling in time of each convolution.
         band_strides: sub-sampling of the mel bands of each convolution.
-        cell: "gru", "lstm" or "rnn".
+        cell: "gru", "lstm", "rnn" (tanh) or "clipped" (the paper's ReLU, clipped at 20).
         hidden_size: units of one direction of a recurrent layer.
         recurrent_layers: number of recurrent layers.
         bidirectional: whether a recurrent layer also runs backwards; the directions are summed.
         dropout: probability of dropping a value behind a recurrent layer.
+        look_ahead: encoder frames of the future that a row convolution above the recurrent layers reads (section 3.7),
+            for layers of one direction; 0 for none.
 
     Raises:
-        UserError: the five lists of the convolutions differ in length, a kernel is even, or the cell is
-            unknown.
+        UserError: the five lists of the convolutions differ in length, a kernel is even, the cell is unknown, or
+            ``look_ahead`` is negative or beside layers of both directions.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
@@ -80,6 +81,7 @@ class DeepSpeech2(SpeechModel):
             "recurrent_layers": 2,
             "bidirectional": True,
             "dropout": 0.1,
+            "look_ahead": 0,
         },
         "paper": {
             "channels": [32, 32, 96],
@@ -87,11 +89,12 @@ class DeepSpeech2(SpeechModel):
             "band_kernels": [41, 21, 21],
             "time_strides": [2, 1, 1],
             "band_strides": [2, 2, 2],
-            "cell": "rnn",
+            "cell": "clipped",
             "hidden_size": 1760,
             "recurrent_layers": 7,
             "bidirectional": True,
             "dropout": 0.0,
+            "look_ahead": 0,
         },
     }
 
@@ -110,6 +113,7 @@ class DeepSpeech2(SpeechModel):
         recurrent_layers: int,
         bidirectional: bool,
         dropout: float,
+        look_ahead: int = 0,
     ) -> None:
         super().__init__()
         lists = [list(values) for values in (channels, time_kernels, band_kernels, time_strides, band_strides)]
@@ -124,6 +128,13 @@ class DeepSpeech2(SpeechModel):
             )
         if cell not in CELLS:
             raise UserError(f"model.settings.cell is '{cell}': {nearest(cell, CELLS)}")
+        if look_ahead < 0:
+            raise UserError(f"model.settings.look_ahead is {look_ahead}, expected 0 or more encoder frames")
+        if look_ahead and bidirectional:
+            raise UserError(
+                f"model.settings.look_ahead is {look_ahead}, but layers of both directions have read the whole future; "
+                "set model.settings.bidirectional to false, or look_ahead to 0"
+            )
         self.convolutions = nn.ModuleList()
         before, bands = 1, n_mels
         for width, frame_kernel, band_kernel, frame_stride, band_stride in zip(*lists, strict=True):
@@ -135,41 +146,19 @@ class DeepSpeech2(SpeechModel):
         sizes = [before * bands] + [hidden_size] * recurrent_layers
         self.norms = nn.ModuleList(MaskedBatchNorm(size) for size in sizes)
         self.recurrents = nn.ModuleList(Recurrent(cell, size, hidden_size, merge) for size in sizes[:-1])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
+        self.look_ahead = LookAhead(hidden_size, look_ahead) if look_ahead else None
         self.output = nn.Linear(sizes[-1], vocabulary_size)
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        """Return CTC loss and log-probabilities of ``batch``.
-
-        An utterance's loss is the negative log-likelihood of its tokens divided by their number; one with too
-        few encoder frames for its tokens counts as 0 and gives no gradient.
-        """
-        log_probs, lengths = self._log_probs(batch)
-        likelihoods = ctc_log_likelihood(log_probs, lengths, batch.tokens, batch.token_lengths)
-        loss = -(likelihoods / batch.token_lengths.cpu().clamp_min(1)).mean()
-        return ModelOutput(loss.to(log_probs.device), log_probs, lengths)
-
-    @torch.no_grad()
-    def decode(self, batch: Batch) -> list[Hypothesis]:
-        """Return the tokens on each utterance's best path, and its posteriors."""
-        log_probs, lengths = self._log_probs(batch)
-        posteriors = log_probs.exp().cpu()
-        return [
-            Hypothesis(one.tokens, one.score, rows[:frames])
-            for one, rows, frames in zip(ctc_greedy(log_probs, lengths), posteriors, lengths.tolist(), strict=True)
-        ]
-
-    def teacher_forced(self, output: ModelOutput) -> list[list[int]]:
-        """Return the tokens on the best path; CTC reads no reference, so :meth:`decode` gives the same."""
-        return [one.tokens for one in ctc_greedy(output.logits, output.lengths)]
-
-    def _log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        frames, lengths = batch.features[..., None], batch.feature_lengths
-        frames = frames * valid_frames(lengths, frames.shape[1])[..., None, None]
+    def log_probabilities(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities ``[batch, frames, vocabulary]`` and the valid frames of each utterance."""
+        pictures = features[..., None] * valid_frames(lengths, features.shape[1])[..., None, None]
         for convolution in self.convolutions:
-            frames, lengths = convolution(frames, lengths)
-        frames = frames.flatten(2)
+            pictures, lengths = convolution(pictures, lengths)
+        frames = pictures.flatten(2)
         *before, last = self.norms
         for norm, recurrent in zip(before, self.recurrents, strict=True):
             frames = self.dropout(recurrent(norm(frames, lengths), lengths))
+        if self.look_ahead is not None:
+            frames = self.look_ahead(frames, lengths)
         return self.output(last(frames, lengths)).log_softmax(dim=-1), lengths

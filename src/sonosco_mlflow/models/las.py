@@ -2,8 +2,8 @@
 
 The listener is a pyramid of bidirectional LSTMs, each of which reads neighbouring frames joined into one, so
 that the speller attends to few frames. The speller is an LSTM over the previous tokens. In the paper it also
-reads the context it attended to before; without that ("input feeding") all steps are one product, and the
-decoder costs a ninth.
+reads the context it attended to before ("input feeding"), and location-aware attention reads its last weights:
+then steps are made one by one. Without either, all steps are one product.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sonosco_mlflow.decoding.greedy import State
-from sonosco_mlflow.models.attention import AttentionModel, Memory, attend
-from sonosco_mlflow.models.layers import Recurrent, join_neighbours, subsampled
+from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.models.attention import AttentionModel, Memory, weigh
+from sonosco_mlflow.models.energies import ENERGIES, build_energy, projection
+from sonosco_mlflow.models.layers import Dropout, Recurrent, join_neighbours, subsampled, valid_frames
+from sonosco_mlflow.models.stepwise import LSTMSteps, RepeatedProduct, repeated
 from sonosco_mlflow.serialization.parameters import serializable
 
 
@@ -39,7 +42,7 @@ class Listener(nn.Module):
             self.output_size = layer.output_size
             self.layers.append(layer)
             self.norms.append(nn.LayerNorm(self.output_size))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``[batch, encoder frames, output_size]`` and their lengths of ``[batch, time, mel]``."""
@@ -68,6 +71,12 @@ class LAS(AttentionModel):
         scheduled_sampling: probability that training replaces a previous token by one drawn from the model
             (section 3.3).
         soft_window_sigma: width of the soft window in encoder frames.
+        attention: "dot", "mlp", "additive" or "location": :mod:`sonosco_mlflow.models.energies`.
+        location_filters: convolutions over the last step's weights in location-aware attention.
+        location_width: encoder frames that they span; odd.
+
+    Raises:
+        UserError: the attention is unknown, or ``location_width`` is even.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
@@ -82,6 +91,9 @@ class LAS(AttentionModel):
             "label_smoothing": 0.05,
             "scheduled_sampling": 0.0,
             "soft_window_sigma": 4.0,
+            "attention": "dot",
+            "location_filters": 10,
+            "location_width": 25,
         },
         "paper": {
             "listener_size": 256,
@@ -94,6 +106,9 @@ class LAS(AttentionModel):
             "label_smoothing": 0.0,
             "scheduled_sampling": 0.1,
             "soft_window_sigma": 4.0,
+            "attention": "mlp",
+            "location_filters": 10,
+            "location_width": 25,
         },
     }
 
@@ -112,14 +127,23 @@ class LAS(AttentionModel):
         label_smoothing: float,
         scheduled_sampling: float,
         soft_window_sigma: float,
+        attention: str = "dot",
+        location_filters: int = 10,
+        location_width: int = 25,
     ) -> None:
         super().__init__(label_smoothing, soft_window_sigma)
+        if attention not in ENERGIES:
+            raise UserError(f"model.settings.attention is '{attention}': {nearest(attention, ENERGIES)}")
+        if location_width % 2 == 0:
+            raise UserError(f"model.settings.location_width is {location_width}, expected an odd number")
+        self.in_steps = input_feeding or attention == "location"
         self.input_feeding = input_feeding
         self.scheduled_sampling = scheduled_sampling
         self.listener = Listener(n_mels, listener_size, joined_frames, dropout)
         context_size = self.listener.output_size
-        self.keys = nn.Linear(context_size, attention_size)
-        self.queries = nn.Linear(speller_size, attention_size)
+        hidden = attention == "mlp"
+        self.keys = projection(context_size, attention_size, hidden=hidden)
+        self.queries = projection(speller_size, attention_size, hidden=hidden)
         self.embedding = nn.Embedding(vocabulary_size, speller_size)
         self.speller = nn.LSTM(
             speller_size + (context_size if input_feeding else 0),
@@ -130,9 +154,10 @@ class LAS(AttentionModel):
         self.output = nn.Sequential(
             nn.Linear(speller_size + context_size, speller_size),
             nn.Tanh(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(speller_size, vocabulary_size),
         )
+        self.energy = build_energy(attention, attention_size, location_filters, location_width)
 
     def encode(self, features: Tensor, lengths: Tensor) -> Memory:
         """Return keys and values of ``features`` ``[batch, time, mel]``."""
@@ -142,42 +167,80 @@ class LAS(AttentionModel):
     def spell(
         self, previous: Tensor, memory: Memory, state: State | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, State]:
-        """Decode the steps of ``previous`` ``[batch, steps]``, at once or, with input feeding, one by one."""
-        embedded = self.embedding(previous)
-        if not self.input_feeding:
-            hidden, state = self.speller(embedded, state)
-            contexts, weights = attend(self.queries(hidden), memory, bias)
-        else:
-            hidden, contexts, weights, state = self._spell_feeding(embedded, memory, state, bias)
-        assert state is not None
-        return self.output(torch.cat([hidden, contexts], dim=-1)), weights, state
+        """Decode the steps of ``previous`` ``[batch, steps]``, all at once where no step reads the one before."""
+        if self.in_steps:
+            return self._spell_in_steps(previous, memory, state, bias)
+        levels = None if state is None else tuple(part.transpose(0, 1).contiguous() for part in state)
+        hidden, levels = self.speller(self.embedding(previous), levels)
+        contexts, weights = weigh(self.energy(self.queries(hidden), memory.keys), memory, bias)
+        logits = self.output(torch.cat([hidden, contexts], dim=-1))
+        return logits, weights, tuple(part.transpose(0, 1) for part in levels)
+
+    def spell_in_training(
+        self, previous: Tensor, memory: Memory, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Decode with scheduled sampling (section 3.3).
+
+        Where steps are made one by one, a token is drawn after the model's own prefix, as in the paper. Where they are
+        made at once, it is drawn after the reference prefix, by a first pass (Mihaylova and Martins 2019; Duckworth et
+        al. 2019).
+        """
+        if self.in_steps:
+            return self._spell_in_steps(previous, memory, None, bias, self.scheduled_sampling)
+        return self.spell(self.perturb(previous, memory), memory, bias=bias)
 
     def perturb(self, previous: Tensor, memory: Memory) -> Tensor:
-        """Replace previous tokens by draws from what the model predicts after the reference prefix.
-
-        The paper draws after the model's own prefix; drawing after the reference keeps all steps one product.
-        """
+        """Replace previous tokens by draws from what the model predicts after the reference prefix."""
         if self.scheduled_sampling == 0.0:
             return previous
         with torch.no_grad():
-            probabilities = self.spell(previous[:, :-1], memory)[0].softmax(dim=-1)
-            drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view_as(previous[:, 1:])
+            drawn = _draw(self.spell(previous[:, :-1], memory)[0])
         replaced = torch.rand(drawn.shape, device=drawn.device) < self.scheduled_sampling
         return torch.cat([previous[:, :1], torch.where(replaced, drawn, previous[:, 1:])], dim=1)
 
-    def _spell_feeding(
-        self, embedded: Tensor, memory: Memory, state: State | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, State]:
-        context = memory.values.new_zeros(len(embedded), 1, memory.values.shape[-1])
-        if state is not None:
-            context, state = state[0], state[1:]
-        steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        for position in range(embedded.shape[1]):
-            token = embedded[:, position : position + 1]
-            hidden, state = self.speller(torch.cat([token, context], dim=-1), state)
-            step_bias = None if bias is None else bias[:, position : position + 1]
-            context, weights = attend(self.queries(hidden), memory, step_bias)
-            steps.append((hidden, context, weights))
-        assert state is not None
-        hiddens, contexts, all_weights = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
-        return hiddens, contexts, all_weights, (context, *state)
+    def _spell_in_steps(
+        self,
+        previous: Tensor,
+        memory: Memory,
+        state: State | None,
+        bias: Tensor | None,
+        sampling: float = 0.0,
+    ) -> tuple[Tensor, Tensor, State]:
+        """Decode step by step; with the probability ``sampling`` a step reads what the last one predicts."""
+        batch, steps = previous.shape
+        if state is None:
+            levels = memory.values.new_zeros(batch, self.speller.num_layers, self.speller.hidden_size)
+            weights = memory.values.new_zeros(batch, 1, memory.values.shape[1])
+            context, hidden, cells = memory.values.new_zeros(batch, 1, memory.values.shape[2]), levels, levels
+        else:
+            context, weights, hidden, cells = state
+        speller = LSTMSteps(self.speller, self.embedding.embedding_dim)
+        queries, scores = repeated(self.queries), self.energy.in_steps(memory.keys)
+        read = RepeatedProduct(memory.values.mT)
+        padding = ~valid_frames(memory.lengths, memory.keys.shape[1])[:, None]
+        blocked = torch.zeros_like(weights).masked_fill(padding, float("-inf"))
+        biases = (blocked if bias is None else blocked + bias).expand(-1, steps, -1)
+        of_tokens = speller.of_tokens(self.embedding(previous))
+        replaced = torch.rand(previous.shape, device=previous.device) < sampling if sampling else None
+        draws = [False] * steps if replaced is None else replaced.any(dim=0).tolist()
+        made: list[tuple[Tensor, Tensor]] = []
+        for step in range(steps):
+            of_token = of_tokens[:, step : step + 1]
+            if replaced is not None and draws[step] and made:
+                with torch.no_grad():
+                    drawn = _draw(self.output(made[-1][0]))
+                of_drawn = speller.of_tokens(self.embedding(drawn))
+                of_token = torch.where(replaced[:, step, None, None], of_drawn, of_token)
+            fed = context if self.input_feeding else context[..., :0]
+            hidden, cells = speller(of_token, fed, hidden, cells)
+            top = hidden[:, -1:]
+            weights = (scores(queries(top), weights) + biases[:, step : step + 1]).softmax(dim=-1)
+            context = read(weights)
+            made.append((torch.cat([top, context], dim=-1), weights))
+        joined, all_weights = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
+        return self.output(joined), all_weights, (context, weights, hidden, cells)
+
+
+def _draw(logits: Tensor) -> Tensor:
+    """Return a token for each step of ``logits`` ``[batch, steps, vocabulary]``, by its probability."""
+    return torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), 1).view(logits.shape[:2])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sonosco_mlflow.decoding.greedy import State
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.attention import AttentionModel, Memory, attend
-from sonosco_mlflow.models.layers import subsampled, valid_frames
+from sonosco_mlflow.models.layers import Dropout, subsampled, valid_frames
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.text import SpecialToken
 
@@ -43,7 +43,7 @@ class TimeConvolution(nn.Module):
         self.convolution = nn.Conv2d(
             channels, output_channels, (kernel, 1), stride=(stride, 1), padding=(kernel // 2, 0)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Return ``[batch, ceil(time / stride), frame]`` of ``[batch, time, frame]``, a frame being flat."""
@@ -63,7 +63,7 @@ class TimeDepthSeparableBlock(nn.Module):
         self.time = TimeConvolution(channels, channels, bands, kernel, 1, dropout)
         self.time_norm = nn.LayerNorm(size)
         self.depth = nn.Sequential(
-            nn.Linear(size, size), nn.ReLU(), nn.Dropout(dropout), nn.Linear(size, size), nn.Dropout(dropout)
+            nn.Linear(size, size), nn.ReLU(), Dropout(dropout), nn.Linear(size, size), Dropout(dropout)
         )
         self.depth_norm = nn.LayerNorm(size)
 
@@ -212,13 +212,19 @@ class TDS(AttentionModel):
         self, previous: Tensor, memory: Memory, state: State | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, State]:
         """Decode all steps of ``previous`` ``[batch, steps]`` at once (section 2.2)."""
-        hidden = None if state is None else state[0]
+        hidden = None if state is None else state[0].transpose(0, 1).contiguous()
         queries, hidden = self.recurrent(self.embedding(previous), hidden)
         contexts, weights = attend(queries, memory, bias)
-        return self.output(torch.cat([contexts, queries], dim=-1)), weights, (hidden,)
+        return self.output(torch.cat([contexts, queries], dim=-1)), weights, (hidden.transpose(0, 1),)
 
-    def perturb(self, previous: Tensor, memory: Memory) -> Tensor:
-        """Replace previous tokens at random, so that the decoder learns to go on after a mistake."""
+    def spell_in_training(
+        self, previous: Tensor, memory: Memory, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Decode with some previous tokens drawn evenly (section 3.3)."""
+        return self.spell(self.perturb(previous), memory, bias=bias)
+
+    def perturb(self, previous: Tensor) -> Tensor:
+        """Replace previous tokens at random; never the start of a sentence."""
         drawn = torch.randint_like(previous, len(SpecialToken), self.output.out_features)
         replaced = torch.rand(previous.shape, device=previous.device) < self.random_sampling
         return torch.where(replaced & (previous >= len(SpecialToken)), drawn, previous)

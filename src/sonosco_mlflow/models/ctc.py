@@ -1,0 +1,48 @@
+"""What every CTC model shares: loss, greedy decoding. Such a model says what it hears in each frame, and no more."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.decoding.greedy import ctc_greedy, ctc_log_likelihood
+from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
+
+
+class CTCModel(SpeechModel):
+    """A model with connectionist temporal classification (Graves et al. 2006) over :meth:`log_probabilities`."""
+
+    @abstractmethod
+    def log_probabilities(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities ``[batch, frames, vocabulary]`` and the valid frames of each utterance.
+
+        Args:
+            features: ``[batch, time, mel]``, anything beyond an utterance's length.
+            lengths: ``[batch]`` int64.
+        """
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Return CTC loss and log-probabilities of ``batch``.
+
+        An utterance's loss is the negative log-likelihood of its tokens divided by their number; one with too
+        few encoder frames for its tokens counts as 0 and gives no gradient.
+        """
+        log_probs, lengths = self.log_probabilities(batch.features, batch.feature_lengths)
+        likelihoods = ctc_log_likelihood(log_probs, lengths, batch.tokens, batch.token_lengths)
+        loss = -(likelihoods / batch.token_lengths.cpu().clamp_min(1)).mean()
+        return ModelOutput(loss.to(log_probs.device), log_probs, lengths)
+
+    @torch.no_grad()
+    def decode(self, batch: Batch) -> list[Hypothesis]:
+        """Return the tokens on each utterance's best path, and its posteriors."""
+        log_probs, lengths = self.log_probabilities(batch.features, batch.feature_lengths)
+        posteriors = log_probs.exp().cpu()
+        return [
+            Hypothesis(one.tokens, one.score, rows[:frames])
+            for one, rows, frames in zip(ctc_greedy(log_probs, lengths), posteriors, lengths.tolist(), strict=True)
+        ]
+
+    def teacher_forced(self, output: ModelOutput) -> list[list[int]]:
+        """Return the tokens on the best path; CTC reads no reference, so :meth:`decode` gives the same."""
+        return [one.tokens for one in ctc_greedy(output.logits, output.lengths)]
