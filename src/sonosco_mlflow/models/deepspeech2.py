@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.decoding.ctc import ctc_search
 from sonosco_mlflow.decoding.greedy import ctc_greedy, ctc_log_likelihood
+from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
 from sonosco_mlflow.models.layers import CELLS, MaskedBatchNorm, Recurrent, subsampled, valid_frames
@@ -150,13 +152,16 @@ class DeepSpeech2(SpeechModel):
         return ModelOutput(loss.to(log_probs.device), log_probs, lengths)
 
     @torch.no_grad()
-    def decode(self, batch: Batch) -> list[Hypothesis]:
-        """Return the tokens on each utterance's best path, and its posteriors."""
+    def search(self, batch: Batch, search: Search) -> list[list[Hypothesis]]:
+        """Return the best hypotheses of each utterance, and its posteriors."""
+        search.refuse_attention_settings("DeepSpeech2")
         log_probs, lengths = self._log_probs(batch)
         posteriors = log_probs.exp().cpu()
         return [
-            Hypothesis(one.tokens, one.score, rows[:frames])
-            for one, rows, frames in zip(ctc_greedy(log_probs, lengths), posteriors, lengths.tolist(), strict=True)
+            [Hypothesis(one.tokens, one.score, rows[:frames], one.total) for one in hypotheses]
+            for hypotheses, rows, frames in zip(
+                ctc_search(log_probs, lengths, search), posteriors, lengths.tolist(), strict=True
+            )
         ]
 
     def teacher_forced(self, output: ModelOutput) -> list[list[int]]:

@@ -170,7 +170,7 @@ class LAS(AttentionModel):
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         context = memory.values.new_zeros(len(embedded), 1, memory.values.shape[-1])
         if state is not None:
-            context, state = state[0], state[1:]
+            context, state = state[0].transpose(0, 1), state[1:]
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for position in range(embedded.shape[1]):
             token = embedded[:, position : position + 1]
@@ -180,4 +180,4 @@ class LAS(AttentionModel):
             steps.append((hidden, context, weights))
         assert state is not None
         hiddens, contexts, all_weights = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
-        return hiddens, contexts, all_weights, (context, *state)
+        return hiddens, contexts, all_weights, (context.transpose(0, 1), *state)
