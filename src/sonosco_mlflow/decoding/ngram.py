@@ -34,6 +34,9 @@ class TokenLanguageModel(nn.Module):
         order: tokens of the longest n-gram.
         arcs: number of n-grams.
         states: number of contexts.
+
+    Attributes:
+        path: the file that it was read from, or None.
     """
 
     keys: Tensor
@@ -49,6 +52,7 @@ class TokenLanguageModel(nn.Module):
     def __init__(self, vocabulary_size: int, order: int, arcs: int, states: int) -> None:
         super().__init__()
         self.order = order
+        self.path: Path | None = None
         numbers = {"keys": arcs, "targets": arcs, "first_arcs": states + 1, "shorter": states, "initial": 1}
         for name, size in {**numbers, "heard_as": vocabulary_size}.items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
@@ -63,7 +67,9 @@ class TokenLanguageModel(nn.Module):
             UserError: it is none, or over something else; the message names the file and the line.
         """
         ngrams = read_arpa(path)
-        return cls.of(ngrams, token_ids(ngrams, tokenizer, path), tokenizer.vocabulary_size)
+        model = cls.of(ngrams, token_ids(ngrams, tokenizer, path), tokenizer.vocabulary_size)
+        model.path = path
+        return model
 
     @classmethod
     def of(cls, ngrams: NGrams, ids: Tensor, vocabulary_size: int) -> "TokenLanguageModel":

@@ -62,8 +62,8 @@ def token_ids(ngrams: NGrams, tokenizer: Tokenizer, path: Path) -> Tensor:
     digests = [line.removeprefix(_DIGEST) for line in ngrams.comments if line.startswith(_DIGEST)]
     if digests and digests[0] != tokenizer.digest:
         raise UserError(
-            f"{path}: it was made for another vocabulary (digest {digests[0][:12]}, here {tokenizer.digest[:12]}); make "
-            "one from this run's training manifest by `sonosco language-model`"
+            f"{path}: it was made for another vocabulary (digest {digests[0][:12]}, here {tokenizer.digest[:12]}); "
+            "`sonosco language-model` makes one of the transcripts that are trained on here"
         )
     ids = {START: int(SpecialToken.SOS), END: int(SpecialToken.EOS), UNKNOWN: int(SpecialToken.UNKNOWN)}
     ids |= {text: token for token, text in enumerate(token_symbols(tokenizer), len(SpecialToken))}

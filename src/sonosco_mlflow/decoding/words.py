@@ -28,6 +28,9 @@ class WordLanguageModel(nn.Module):
     Args:
         tokenizer: spells the words.
         size: number of bytes.
+
+    Attributes:
+        path: the file that it was read from, or None.
     """
 
     content: Tensor
@@ -36,6 +39,7 @@ class WordLanguageModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.register_buffer("content", torch.zeros(size, dtype=torch.uint8))
+        self.path: Path | None = None
         self._decoders: dict[Search, Any] = {}
 
     @classmethod
@@ -52,6 +56,7 @@ class WordLanguageModel(nn.Module):
             )
         content = unpacked(path)
         model = cls(tokenizer, len(content))
+        model.path = path
         model.content.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         return model
 
