@@ -58,7 +58,7 @@ def plain_kneser_ney(
         if all(times[n] for n in (1, 2, 3)):
             share = times[1] / (times[1] + 2 * times[2])
             estimated = [n - (n + 1) * share * times[n + 1] / times[n] for n in (1, 2, 3)]
-            if all(0 <= value <= n for n, value in enumerate(estimated, 1)):
+            if all(0 < value <= n for n, value in enumerate(estimated, 1)):
                 values = estimated
         return 0.0 if count == 0 else values[min(count, 3) - 1]
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_search import EOS, FIRST, NEVER, Speaker, random_rules, ranked_sentences
+from plain_search import EOS, FIRST, NEVER, SOS, Rules, Speaker, random_rules, ranked_sentences
 
 from sonosco_mlflow.decoding.beam import attention_beam
 from sonosco_mlflow.decoding.greedy import Decoded, attention_greedy
 from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.text import SpecialToken
 
 # More than there are sentences of three steps over two letters and the end.
 EXHAUSTIVE = 16
@@ -183,6 +184,43 @@ def test_the_search_ends_when_nothing_better_can_come() -> None:
     assert speaker.calls == 1
     searched(speaker, [9], Search(beam=2, n_best=2))
     assert speaker.calls == 3
+
+
+def test_a_reward_to_come_keeps_the_search_going() -> None:
+    """A second token is unlikely, but once it is said each further one is certain, and rewarded."""
+    says = {(A,) * count: {A: 1.0, EOS: 1e-9} for count in range(1, 6)}
+    speaker = speaking({(): {A: 0.01, EOS: 0.99}, **says}, {})
+    ((best,),) = searched(speaker, [5], Search(beam=2, length_reward=2.0))
+    assert best.tokens == [A] * 5
+    assert best.total == pytest.approx(torch.tensor(0.01).log().item() + 10.0, abs=1e-6)
+
+
+def test_a_length_to_come_keeps_the_search_going() -> None:
+    """What the language model holds against the first token weighs less the longer the sentence is."""
+    says = {(A,) * count: {A: 1.0, EOS: 1e-9} for count in range(1, 12)}
+    speaker = speaking({(): {A: 0.5, EOS: 0.5}, **says}, {})
+    rules = Rules(torch.zeros(FIRST + 3, FIRST + 3))
+    rules.table[SOS, A] = -5.0
+    search = Search(beam=2, language_model=rules, language_model_weight=1.0, length_normalisation=1.0)
+    ((best,),) = searched(speaker, [12], search)
+    assert best.tokens == [A] * 12
+    assert best.total == pytest.approx((torch.tensor(0.5).log().item() - 5.0) / 12, abs=1e-6)
+
+
+def test_a_beam_of_one_is_done_when_its_path_has_ended() -> None:
+    """Divided by its length the longer one is better; to go on to it takes a beam of two."""
+    speaker = speaking({(): {A: 0.4, EOS: 0.6}, (A,): {}}, {})
+    for beam, expected in ((1, []), (2, [A])):
+        ((best,),) = searched(speaker, [5], Search(beam=beam, length_normalisation=1.0))
+        assert best.tokens == expected
+
+
+def test_sentences_that_differ_in_special_tokens_alone_are_one() -> None:
+    pad = int(SpecialToken.PAD)
+    speaker = speaking({(): {pad: 0.3, EOS: 0.7}, (pad,): {}}, {})
+    (found,) = searched(speaker, [5], Search(beam=3, n_best=3))
+    assert [one.tokens for one in found] == [[]]
+    assert found[0].score == pytest.approx(torch.tensor(0.7).log().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

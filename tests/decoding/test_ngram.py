@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from plain_ngram import PlainModel, plain_kneser_ney
 
@@ -129,6 +129,8 @@ def test_different_histories_are_asked_at_once(tmp_path: Path) -> None:
 
 
 @given(texts, st.integers(1, 4))
+# Counts that would leave a discount of 0, and by it nothing for what was never seen.
+@example(["AA", "AA", "AA", "AB", "AB", "AC", "BA", "BA", "ACA", "A AAAAAA"], 3)
 @settings(max_examples=80, deadline=None)
 def test_training_is_modified_kneser_ney(texts: list[str], order: int) -> None:
     sentences = [[token - FIRST for token in TOKENIZER.encode(text)] for text in texts]

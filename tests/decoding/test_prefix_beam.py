@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_search import FIRST, random_rules, ranked_labels
+from plain_search import FIRST, ctc_sums, random_rules, ranked_labels
 from torch import Tensor
 
+from sonosco_mlflow.decoding import prefix_beam
 from sonosco_mlflow.decoding.ctc import ctc_search
 from sonosco_mlflow.decoding.greedy import Decoded, ctc_greedy
 from sonosco_mlflow.decoding.prefix_beam import ctc_beam
@@ -51,6 +52,7 @@ def facts(hypotheses: list[Decoded]) -> list[tuple[list[int], float, float]]:
 def test_a_wide_beam_finds_what_summing_all_paths_finds(seed: int, data: st.DataObject) -> None:
     search = data.draw(searches(EXHAUSTIVE, 6))
     log_probs, lengths = random_log_probs(seed, 3, 4, 2), torch.tensor([4, 1, 3])
+    log_probs[torch.arange(4) >= lengths[:, None]] = torch.nan
     for row, (hypotheses, count) in enumerate(zip(ctc_beam(log_probs, lengths, search), lengths, strict=True)):
         expected = ranked_labels(log_probs[row, :count], search)[:6]
         assert [one.tokens for one in hypotheses] == [tokens for _, _, tokens in expected]
@@ -81,17 +83,29 @@ def test_prefixes_of_a_narrow_beam_stay_distinct_and_keep_their_sums(seed: int, 
             assert one.score == pytest.approx(likelihood.item(), abs=1e-9)
 
 
-@given(seeds)
-@settings(max_examples=60, deadline=None)
-def test_one_prefix_is_one_hypothesis(seed: int) -> None:
-    """Before scoring: the beam itself holds no prefix twice, whatever has left it meanwhile."""
-    from sonosco_mlflow.decoding import prefix_beam
-
-    log_probs, lengths = random_log_probs(seed, 3, 14, 2, sharpness=0.5), torch.tensor([14, 14, 11])
-    found = prefix_beam._search(log_probs, lengths, Search(beam=5))
+@given(seeds, st.integers(2, 5), st.sampled_from([0.3, 1.0, 2.0]))
+@settings(max_examples=100, deadline=None)
+def test_one_prefix_is_one_hypothesis(seed: int, beam: int, sharpness: float) -> None:
+    """Before scoring: the beam itself holds no prefix twice, whatever has left it meanwhile and come back."""
+    log_probs, lengths = random_log_probs(seed, 8, 40, 2, sharpness), torch.full((8,), 40)
+    found = prefix_beam._search(log_probs, lengths, Search(beam=beam))
     for tokens, counts in zip(found.tokens.tolist(), found.counts.tolist(), strict=True):
-        prefixes = {tuple(row[:count]) for row, count in zip(tokens, counts, strict=True)}
-        assert len(prefixes) == 5
+        assert len({tuple(row[:count]) for row, count in zip(tokens, counts, strict=True)}) == beam
+
+
+@given(seeds)
+@settings(max_examples=40, deadline=None)
+def test_what_a_wide_beam_searches_by_is_the_sum_over_all_paths(seed: int) -> None:
+    log_probs = random_log_probs(seed, 2, 4, 2)
+    found = prefix_beam._search(log_probs, torch.tensor([4, 4]), Search(beam=EXHAUSTIVE))
+    sums = found.blank.logaddexp(found.token).exp()
+    for row, expected in enumerate(map(ctc_sums, log_probs)):
+        texts = [
+            tuple(text[:count])
+            for text, count in zip((found.tokens[row] + FIRST).tolist(), found.counts[row], strict=True)
+        ]
+        seen = {text: value for text, value in zip(texts, sums[row].tolist(), strict=True) if value > 0}
+        assert seen == pytest.approx(expected, abs=1e-12)
 
 
 @given(seeds, st.integers(2, 6))

@@ -21,7 +21,7 @@ from sonosco_mlflow.errors import UserError
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# For an n-gram seen once, twice and more often, where there are too few of some kind to estimate them: KenLM's.
+# For an n-gram seen once, twice and more often, where the counts give none above 0 and up to that: KenLM's.
 _FALLBACK = (0.5, 1.0, 1.5)
 
 
@@ -131,7 +131,7 @@ def _discounted(parents: Integers, counts: Integers, groups: int) -> tuple[Float
             2 - 3 * share * thrice / twice,
             3 - 4 * share * fourfold / thrice,
         )
-        if all(0 <= discount <= times for times, discount in enumerate(estimated, 1)):
+        if all(0 < discount <= times for times, discount in enumerate(estimated, 1)):
             discounts = estimated
     taken = np.array([0.0, *discounts])[np.minimum(counts, 3)]
     sums = np.bincount(parents, counts, groups)
