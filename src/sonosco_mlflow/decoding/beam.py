@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sonosco_mlflow.decoding.greedy import Decoded, State, Step, without_special
 from sonosco_mlflow.decoding.search import Search, TokenScores
@@ -86,7 +87,7 @@ def attention_beam(step: Step, limits: Tensor, search: Search) -> list[list[Deco
         log_probs = logits.log_softmax(dim=-1).double().view(batch, beam, -1)
         vocabulary = log_probs.shape[-1]
         scores = (model[..., None] + log_probs).flatten(1)
-        totals = scores + fusion.totals(batch, beam, vocabulary)
+        totals = fusion.totals(scores, vocabulary)
 
         last_peaks, peaks = peaks, weights[-1].argmax(dim=-1)
         if search.is_limited:
@@ -94,26 +95,26 @@ def attention_beam(step: Step, limits: Tensor, search: Search) -> list[list[Deco
             stuck = (allowed.amax(dim=1) == NEVER) & (ended.rank[:, 0] == NEVER)
             totals = torch.where(stuck[:, None], totals, allowed)
 
-        # The greedy child comes first, whatever its total; of the rest, the best.
-        best, greedy = totals[:, :vocabulary].max(dim=1)
-        follows_greedy = follows_greedy & (best > NEVER)
-        keys = totals.scatter(1, greedy[:, None], torch.where(follows_greedy, float("inf"), best)[:, None])
-        children = keys.topk(min(2 * beam, keys.shape[1]), dim=1).indices
-        follows_greedy = follows_greedy & (greedy != SpecialToken.EOS)
+        children, follows_greedy = _best_children(totals, vocabulary, beam, follows_greedy)
         rank, score = totals.gather(1, children), scores.gather(1, children)
         parent, token = children // vocabulary, children % vocabulary
 
         ends = token == SpecialToken.EOS
-        comes_to_end = (ends | (limits <= number + 1)[:, None]) & active[:, None]
-        normalised = _normalised(rank, torch.tensor(number + 1.0), search).masked_fill(~comes_to_end, NEVER)
-        stopped = Ended(normalised, score, torch.full_like(parent, number), parent, token)
-        ended = ended.joined(Ended(*(getattr(stopped, name)[:, :beam] for name in Ended.__annotations__)))
+        comes_to_end = ((ends | (limits <= number + 1)[:, None]) & active[:, None])[:, :beam]
+        if bool(comes_to_end.any()):
+            normalised = _normalised(rank[:, :beam], number + 1, search).masked_fill(~comes_to_end, NEVER)
+            own = (part[:, :beam] for part in (score, torch.full_like(parent, number), parent, token))
+            ended = ended.joined(Ended(normalised, *own))
 
-        going = ends.sort(dim=1, stable=True).indices[:, :beam]
-        going = torch.nn.functional.pad(going, (0, beam - going.shape[1]))
+        # Those that do not end, in their order; the places behind them stay empty.
+        places = torch.arange(children.shape[1], device=device)
+        going = (places + len(places) * ends).topk(min(beam, len(places)), dim=1, largest=False).indices
+        going = functional.pad(going, (0, beam - going.shape[1]))
+        is_empty = (
+            ends.gather(1, going) | (rank.gather(1, going) == NEVER) | (torch.arange(beam, device=device) > places[-1])
+        )
         parent, token = parent.gather(1, going), token.gather(1, going)
-        filled = torch.arange(beam, device=device) < (~ends).sum(dim=1, keepdim=True)
-        model = score.gather(1, going).masked_fill(~filled | (rank.gather(1, going) == NEVER), NEVER)
+        model = score.gather(1, going).masked_fill(is_empty, NEVER)
         parents.append(parent)
         tokens.append(token)
         rows = (first_rows + parent).flatten()
@@ -147,18 +148,21 @@ class Fusion:
         self._states = None if self.language_model is None else self.language_model.start(rows)
         self._gains: Tensor | None = None
 
-    def totals(self, batch: int, beam: int, vocabulary: int) -> Tensor:
-        """Return ``[batch, beam * vocabulary]``, the bonus of each child."""
+    def totals(self, scores: Tensor, vocabulary: int) -> Tensor:
+        """Return ``[batch, beam * vocabulary]``, the scores of all children with what is added to them."""
+        if self.language_model is None and self.reward == 0.0:
+            return scores
         gains = self.bonus.new_full((len(self.bonus), vocabulary), self.reward)
         gains[:, SpecialToken.EOS] = 0.0
         if self.language_model is not None and self._states is not None and self.weight:
             gains = gains + self.weight * self.language_model.log_probs(self._states).to(gains.device)
         self._gains = gains
-        return (self.bonus[:, None] + gains).view(batch, beam * vocabulary)
+        return scores + (self.bonus[:, None] + gains).view_as(scores)
 
     def follow(self, rows: Tensor, tokens: Tensor) -> None:
         """Go on with the children ``tokens`` of ``rows``, both ``[rows]``."""
-        assert self._gains is not None
+        if self._gains is None:
+            return
         self.bonus = self.bonus[rows] + self._gains[rows, tokens]
         # A row of nothing has a child of no probability.
         self.bonus = self.bonus.masked_fill(self.bonus == NEVER, 0.0)
@@ -178,8 +182,23 @@ def _refused(log_probs: Tensor, last_peaks: Tensor, peaks: Tensor, search: Searc
     return refused
 
 
-def _normalised(totals: Tensor, steps: Tensor, search: Search) -> Tensor:
-    return totals / steps.to(totals) ** search.length_normalisation
+def _best_children(totals: Tensor, vocabulary: int, beam: int, follows_greedy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the children that count, ``[batch, 2 * beam]``, best first, and where the greedy path goes on.
+
+    At most ``beam`` of them end. The child that the greedy path takes, one of the first row's, comes first whatever its
+    total.
+    """
+    best, greedy = totals[:, :vocabulary].max(dim=1)
+    follows_greedy = follows_greedy & (best > NEVER)
+    keys = totals.scatter(1, greedy[:, None], torch.where(follows_greedy, float("inf"), best)[:, None])
+    children = keys.topk(min(2 * beam, keys.shape[1]), dim=1).indices
+    return children, follows_greedy & (greedy != SpecialToken.EOS)
+
+
+def _normalised(totals: Tensor, steps: int | Tensor, search: Search) -> Tensor:
+    if search.length_normalisation == 0.0:
+        return totals
+    return totals / (torch.ones_like(totals) * steps) ** search.length_normalisation
 
 
 def _reachable(totals: Tensor, steps: int, limits: Tensor, search: Search) -> Tensor:
@@ -189,9 +208,7 @@ def _reachable(totals: Tensor, steps: int, limits: Tensor, search: Search) -> Te
     can help.
     """
     highest = totals + max(search.length_reward, 0.0) * (limits - steps)
-    soon, late = (
-        _normalised(highest, length, search) for length in (torch.tensor(steps + 1.0), limits.clamp_min(steps + 1))
-    )
+    soon, late = (_normalised(highest, length, search) for length in (steps + 1, limits.clamp_min(steps + 1)))
     return torch.maximum(soon, late)
 
 
