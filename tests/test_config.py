@@ -187,6 +187,8 @@ FREE_KEYS = {
     "tracking.registered",
     *("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.every_epochs", "checkpoint.keep_last"),
     *("checkpoint.keep_best", "checkpoint.keep_every_steps"),
+    *("decoding.beam", "decoding.language_model", "decoding.language_model_unit", "decoding.language_model_weight"),
+    *("decoding.length_reward", "decoding.length_normalisation", "decoding.attention_limit", "decoding.end_threshold"),
 }
 
 

@@ -25,7 +25,7 @@ class Decodes(nn.Module):
     def __init__(self, tokens: list[int], alignment: Tensor) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
-        self.hypothesis = Hypothesis(tokens, 0.0, alignment)
+        self.hypothesis = Hypothesis(tokens, 0.0, alignment, 0.0)
 
     def decode(self, batch: Batch) -> list[Hypothesis]:
         return [self.hypothesis]

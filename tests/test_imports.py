@@ -30,6 +30,7 @@ STOREYS = [
     *(
         "experiment",
         "recipe",
+        "language_models",
         "runs",
         "search_space",
         "sweep",
@@ -50,6 +51,7 @@ HOMES = {
     "typer": {"cli"},
     "matplotlib": {"evaluation"},
     "jinja2": {"difference_report"},
+    "flashlight": set(),  # by way of torchaudio alone
     "optuna": {"search_space", "sweep"},
 }
 

@@ -30,7 +30,15 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # What decides how a run goes on, but not a single bit of where it ends; the data's content has digests of its own.
 # Names of keys, and of sections.
-NOT_DECISIVE = ("data.source", "data.workers", "data.processes", "checkpoint", "tracking", "training.epochs")
+NOT_DECISIVE = (
+    "data.source",
+    "data.workers",
+    "data.processes",
+    "checkpoint",
+    "tracking",
+    "training.epochs",
+    "decoding",
+)
 
 # `mlflow run -P model=tds` is short for the key that people set most.
 ALIASES = {"model": "model.name"}
@@ -124,6 +132,22 @@ class Training(Section):
     device: str = "cpu"
 
 
+class Decoding(Section):
+    """How the test set is decoded at the end, and what ``evaluate`` and ``transcribe`` do; a beam of 1 is greedy.
+
+    Validation during training is always greedy. :class:`~sonosco_mlflow.decoding.search.Search` explains each key.
+    """
+
+    beam: Positive = 1
+    language_model: str | None = None
+    language_model_unit: Literal["tokens", "words"] = "tokens"
+    language_model_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    length_reward: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    length_normalisation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    attention_limit: Positive | None = None
+    end_threshold: Rate | None = None
+
+
 class Checkpoint(Section):
     """When state is saved, besides at a signal, and which checkpoints are kept: the last, the best, each n-th step."""
 
@@ -156,6 +180,7 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     training: Training = Field(default_factory=Training)
+    decoding: Decoding = Field(default_factory=Decoding)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
 

@@ -30,6 +30,8 @@ import torch
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config, flatten
 from sonosco_mlflow.data.loader import AudioDataLoader
+from sonosco_mlflow.decoding.search import GREEDY, Search
+from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.evaluation import with_intervals
 from sonosco_mlflow.reporting import log_results
@@ -37,6 +39,7 @@ from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
 from sonosco_mlflow.serving.logging import trained_recognizer
 from sonosco_mlflow.settings import plain_settings
+from sonosco_mlflow.tracking.language_model import kept_model_of
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -98,6 +101,7 @@ class Experiment:
         self._checkpoint: ModelCheckpoint | None = None
         self._test_loader: AudioDataLoader | None = None
         self._registered_model: str | None = None
+        self._search = GREEDY
         self._in_block = False
         # The thread that trains, if one does.
         self._thread: threading.Thread | None = None
@@ -213,6 +217,7 @@ class Experiment:
         test_loader: AudioDataLoader | None = None,
         lineage: DataLineage | None = None,
         registered_model: str | None = None,
+        search: Search = GREEDY,
     ) -> None:
         """Attach this experiment to ``trainer``; where a run goes on, put its state into the trainer.
 
@@ -223,6 +228,7 @@ class Experiment:
             test_loader: evaluated once, after training.
             lineage: where the data comes from; by default only the loaders' manifests are known.
             registered_model: of which the trained model becomes a version in MLflow's registry.
+            search: how the test set is decoded, and what the trained model then does; validation is the trainer's.
 
         Raises:
             UserError: the run would not go on as it began; the message says what differs, and the run stays as it was.
@@ -230,9 +236,10 @@ class Experiment:
         self._trainer = trainer
         self._test_loader = test_loader
         self._registered_model = registered_model
+        self._search = search
         lineage = lineage or DataLineage.of_loaders(trainer.train_loader, trainer.val_loader, test_loader)
         digests = {**self.origin.digests, **data_digests(trainer, lineage)}
-        provenance = Provenance(self.origin, lineage, digests["canary"])
+        provenance = Provenance(self.origin, lineage, digests["canary"], kept_model_of(search))
         self.history = _own(trainer, History) or self.history
         if self.history not in trainer.callbacks:
             trainer.callbacks.insert(0, self.history)
@@ -375,7 +382,9 @@ class Experiment:
 
     def _finish(self, trainer: ModelTrainer) -> None:
         if self._test_loader is not None:
-            self.test = with_intervals(trainer.evaluate(self._test_loader, "test_"), "test_")
+            # In the trainer's own way, unless another is asked for.
+            decoder = None if self._search.is_greedy else TextDecoder(self._test_loader.tokenizer, self._search)
+            self.test = with_intervals(trainer.evaluate(self._test_loader, "test_", decoder), "test_")
             # No checkpoint counts it: a resume makes it again.
             self.opened.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
         weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
@@ -385,7 +394,8 @@ class Experiment:
         """Write to the run what it is when it has come to its end; again, where a server went away meanwhile."""
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
-        log_results(self.run, trainer, self.history, self.test, self._test_loader, self._registered_model)
+        shown = (self.history, self.test, self._test_loader, self._registered_model, self._search)
+        log_results(self.run, trainer, *shown)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

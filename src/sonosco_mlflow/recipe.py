@@ -1,21 +1,25 @@
 """From the recipe to objects: loaders, model, optimizer, callbacks, trainer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from sonosco_mlflow import metrics
-from sonosco_mlflow.config import Augment, Config, Optimizer, Schedule
+from sonosco_mlflow.config import Augment, Config, Decoding, Optimizer, Schedule
 from sonosco_mlflow.data.augment import SpecAugment
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder, make_processor
+from sonosco_mlflow.decoding.ngram import TokenLanguageModel
+from sonosco_mlflow.decoding.search import Search
+from sonosco_mlflow.decoding.words import WordLanguageModel
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models import build_model, model_settings
 from sonosco_mlflow.models.base import SpeechModel
-from sonosco_mlflow.text import CharacterTokenizer
+from sonosco_mlflow.text import CharacterTokenizer, Tokenizer
 from sonosco_mlflow.training.callbacks import (
     Callback,
     EarlyStopping,
@@ -120,6 +124,23 @@ def build_trainer(config: Config, loaders: Loaders) -> ModelTrainer:
         validate_every_steps=config.training.validate_every_steps,
         device=config.training.device,
     )
+
+
+def build_search(decoding: Decoding, tokenizer: Tokenizer, file: Path | None, n_best: int = 1) -> Search:
+    """Return the search of a recipe.
+
+    Args:
+        decoding: its settings.
+        tokenizer: of the model.
+        file: where the language model lies that they name.
+        n_best: hypotheses that are wanted of each utterance.
+
+    Raises:
+        UserError: the language model is missing, broken, or over other tokens.
+    """
+    kind = TokenLanguageModel if decoding.language_model_unit == "tokens" else WordLanguageModel
+    settings = decoding.model_dump(exclude={"language_model", "language_model_unit"})
+    return Search(**settings, n_best=n_best, language_model=None if file is None else kind.read(file, tokenizer))
 
 
 def _augmentation(augment: Augment) -> SpecAugment | None:

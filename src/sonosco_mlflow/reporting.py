@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.loader import AudioDataLoader
+from sonosco_mlflow.decoding.search import GREEDY, Search
 from sonosco_mlflow.evaluation import (
     alignment_picture,
     learning_curves,
@@ -27,6 +28,7 @@ def log_results(
     test: Validation | None,
     test_loader: AudioDataLoader | None,
     registered_model: str | None,
+    search: Search = GREEDY,
 ) -> None:
     """Log to ``run`` everything that a reader wants to see of a training that has ended; again, nothing is there twice.
 
@@ -37,6 +39,7 @@ def log_results(
         test: the evaluation after training, if there was one.
         test_loader: its utterances.
         registered_model: of which the trained model becomes a version, or None.
+        search: how the trained model decodes.
     """
     for name, validation in (("validation", trainer.validation), ("test", test)):
         if validation is not None and validation.hypotheses:
@@ -51,7 +54,7 @@ def log_results(
         if isinstance(trainer.model, SpeechModel):
             picture = alignment_picture(trainer.model, loader.tokenizer, sample)
             run.log_bytes(picture, "evaluation/alignment.png")
-    recognizer = trained_recognizer(trainer)
+    recognizer = trained_recognizer(trainer, search)
     if recognizer is not None:
         with tempfile.TemporaryDirectory() as scratch:
             model_id = log_recognizer(recognizer, trainer.progress.step, Path(scratch))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sonosco_mlflow import determinism
-from sonosco_mlflow.config import Config
+from sonosco_mlflow.config import Config, flatten
 from sonosco_mlflow.console import say
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.decoding.text import TextDecoder
@@ -23,11 +23,13 @@ from sonosco_mlflow.evaluation import (
     with_intervals,
 )
 from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.language_models import search_of
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
 from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer, check_recipe
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.tracking.changes import lineage_changes, listed
+from sonosco_mlflow.tracking.language_model import kept_model_of
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
@@ -89,7 +91,7 @@ def train(
     with Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project) as experiment:
         experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
         folder = prepare_data(config, project) if prepare else _current_data(config, project)
-        return _train(experiment, config, folder, results, until_step)
+        return _train(experiment, config, project, folder, results, until_step)
 
 
 def resume(
@@ -143,13 +145,20 @@ def _continue(
 ) -> Outcome | None:
     with Experiment.resume(run_id, config, allowed_changes=allowed_changes, project=project) as experiment:
         folder = _data_of(experiment, config, project) if prepare else _current_data(config, project)
-        return _train(experiment, config, folder, results, until_step)
+        return _train(experiment, config, project, folder, results, until_step)
 
 
 def _train(
-    experiment: Experiment, config: Config, folder: DataFolder, results: Path | None, until_step: int | None = None
+    experiment: Experiment,
+    config: Config,
+    project: Path,
+    folder: DataFolder,
+    results: Path | None,
+    until_step: int | None = None,
 ) -> Outcome | None:
     loaders = build_loaders(config, folder)
+    last = None if experiment.resumption is None else experiment.resumption.last
+    search = search_of(config, loaders.test.tokenizer, project, experiment.folder, last)
     trainer = build_trainer(config, loaders)
     trainer.attach(ProgressBar())
     if until_step is not None:
@@ -157,7 +166,9 @@ def _train(
     trainer.callbacks.append(ModelCheckpoint(**config.checkpoint.model_dump()))
     registered = f"speech-{config.data.corpus}" if config.tracking.registered else None
     lineage = DataLineage.of_folder(folder)
-    experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=lineage, registered_model=registered)
+    experiment.setup_model_trainer(
+        trainer, test_loader=loaders.test, lineage=lineage, registered_model=registered, search=search
+    )
     continues = experiment.is_open
     if experiment.resumption is not None and continues:
         found = experiment.resumption.condition
@@ -225,17 +236,25 @@ def bring_data(config: Config, project: Path) -> DataLineage:
 
 
 def evaluate(
-    run_id: str, project: Path, *, split: str = "test", prepare: bool = True, results: Path | None = None
+    run_id: str,
+    project: Path,
+    *,
+    split: str = "test",
+    overrides: Mapping[str, str] | None = None,
+    prepare: bool = True,
+    results: Path | None = None,
 ) -> Outcome:
     """Evaluate the model that run ``run_id`` kept, on a run of its own below that one, and print what came of it.
 
     The numbers are derived again from what MLflow and DVC kept: nothing of the training process is left. Where the
-    run already holds them, the tag ``sonosco.reproduced`` says whether they are equal to the last bit.
+    run already holds them and is decoded as it was, the tag ``sonosco.reproduced`` says whether they are equal to the
+    last bit.
 
     Args:
         run_id: a finished training run.
         project: folder with ``dvc.yaml``.
         split: which split of the run's data to evaluate.
+        overrides: keys of the section ``decoding``, to decode in another way than the run did.
         prepare: bring the data up to date first; inside a DVC stage it already is.
         results: folder for what DVC keeps: metrics and hypotheses.
 
@@ -248,18 +267,25 @@ def evaluate(
         name = f"evaluate-{split}-of-{parent.info.run_id[:6]}"
         with TrackedRun.open(experiment_name(parent), "evaluate", name) as run:
             run.make_child_of(parent.info.run_id)
-            config = _recipe_of(newest_segment(parent))
+            segment = newest_segment(parent)
+            recorded_recipe = _recipe_of(segment)
+            config = _decoded_otherwise(recorded_recipe, overrides or {})
             determinism.configure(config.training.threads)
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
             lineage = DataLineage.of_folder(folder)
             _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
             recognizer = load_recognizer(run_id, Path(scratch))
             loader = build_loader(config, folder, split)
+            search = search_of(config, loader.tokenizer, project, Path(scratch), segment)
+            run.log_parameters(dict(flatten({"decoding": config.decoding.model_dump(mode="json")})))
+            language_model = kept_model_of(search)
+            if language_model is not None:
+                language_model.log(run)
             validation = evaluate_model(
                 recognizer.model,
                 loader,
                 f"{split}_",
-                decoder=TextDecoder(loader.tokenizer),
+                decoder=TextDecoder(loader.tokenizer, search),
                 metrics=[word_error_rate, character_error_rate],
             )
             validation = with_intervals(validation, f"{split}_")
@@ -268,7 +294,7 @@ def evaluate(
             run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")
             run.log_dataset(split, lineage.manifests[split], folder.manifest(split), context=split)
             recorded = {key: value for key, value in parent.data.metrics.items() if key in validation.metrics}
-            if recorded:
+            if recorded and config.decoding == recorded_recipe.decoding:
                 equal = all(validation.metrics[key] == value for key, value in recorded.items())
                 run.set_tags({REPRODUCED: str(equal).lower()})
             run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{metrics_table(validation.metrics)}")
@@ -284,12 +310,26 @@ def evaluate(
     return outcome
 
 
-def recognizer_of(run_id: str, project: Path) -> SpeechRecognizer:
-    """Return the trained model of a run, ready to transcribe."""
+def recognizer_of(
+    run_id: str, project: Path, *, overrides: Mapping[str, str] | None = None, n_best: int = 1
+) -> SpeechRecognizer:
+    """Return the trained model of a run, ready to transcribe.
+
+    Args:
+        run_id: a finished training run.
+        project: folder that the path of a language model starts from.
+        overrides: keys of the section ``decoding``, to decode in another way than the run did.
+        n_best: hypotheses that are wanted of each sound; the beam is at least as wide.
+    """
     connect(project)
-    find_run(run_id)
+    run = find_run(run_id)
     with tempfile.TemporaryDirectory() as scratch:
-        return load_recognizer(run_id, Path(scratch))
+        recognizer = load_recognizer(run_id, Path(scratch))
+        if overrides or n_best > 1:
+            segment = newest_segment(run)
+            config = _decoded_otherwise(_recipe_of(segment), {"decoding.beam": str(n_best), **(overrides or {})})
+            recognizer.search = search_of(config, recognizer.tokenizer, project, Path(scratch), segment, n_best)
+    return recognizer
 
 
 def run_of(file: Path) -> str:
@@ -339,6 +379,13 @@ def _recipe_of(newest: Segment) -> Config:
             f'Experiment.resume("{newest.run_id}") continues it'
         )
     return Config.resolve(newest.settings(), {}, origin=f"run {newest.run_id}")
+
+
+def _decoded_otherwise(recipe: Config, overrides: Mapping[str, str]) -> Config:
+    for key in overrides:
+        if not key.startswith("decoding."):
+            raise UserError(f"{key}: of a trained model only decoding.* can be set")
+    return Config.resolve(recipe.model_dump(mode="json"), overrides, origin="the run's recipe")
 
 
 def _require_same_data(lineage: DataLineage, run_id: str, expected: str | None) -> None:

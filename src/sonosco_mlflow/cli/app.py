@@ -37,13 +37,18 @@ def read_recipe(
 
 def read_overrides(context: typer.Context, settings: list[str] | None) -> dict[str, str]:
     """Return the keys of the recipe that the command line sets, either way."""
+    return parse_settings(settings) | _dotted(context.args)
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, str]:
+    """Return the keys and values of ``--set``."""
     overrides = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: expected key=value")
         overrides[key] = value
-    return overrides | _dotted(context.args)
+    return overrides
 
 
 def _dotted(arguments: list[str]) -> dict[str, str]:

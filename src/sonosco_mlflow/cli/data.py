@@ -1,12 +1,20 @@
 """The verbs that make data: each a stage of the pipeline, and all of them together."""
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Set, app, read_recipe
+
+
+class Unit(StrEnum):
+    """What the n-grams of a language model are made of."""
+
+    tokens = "tokens"
+    words = "words"
 
 
 @app.command(context_settings=RECIPE_KEYS)
@@ -60,6 +68,23 @@ def features(
     config = read_recipe(context, settings, params)
     with stage_progress() as progress:
         make_features(config, DataFolder(into), progress)
+
+
+@app.command("language-model")
+def language_model(
+    order: Annotated[int, typer.Option(min=1, help="Tokens or words of the longest n-grams.")] = 6,
+    unit: Annotated[Unit, typer.Option(help="Of the vocabulary's tokens, or of words (CTC only).")] = Unit.tokens,
+    into: Annotated[Path, typer.Option(help="The ARPA file.")] = Path("data/language_model.arpa"),
+    folder: Annotated[Path, typer.Option("--data", help="The data folder.")] = Path("data"),
+) -> None:
+    """Train an n-gram on the training transcripts, for --set decoding.language_model=FILE."""
+    from sonosco_mlflow.data.stages import DataFolder
+    from sonosco_mlflow.language_models import train_language_model
+
+    ngrams = train_language_model(DataFolder(folder), unit.value, order, into)
+    typer.echo(
+        f"{into}: {', '.join(str(len(found.words)) for found in ngrams.orders)} n-grams of 1 to {order} {unit.value}"
+    )
 
 
 @app.command(context_settings=RECIPE_KEYS)

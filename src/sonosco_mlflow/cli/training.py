@@ -19,6 +19,7 @@ from sonosco_mlflow.cli.app import (
     Results,
     Set,
     app,
+    parse_settings,
     read_overrides,
     read_recipe,
 )
@@ -118,34 +119,41 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(context_settings=RECIPE_KEYS)
 def evaluate(
+    context: typer.Context,
     run_id: Annotated[str | None, typer.Argument(help="A finished training run.")] = None,
     run_file: Annotated[Path | None, typer.Option(help="File that names the run, as the train stage wrote it.")] = None,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    settings: Set = None,
     prepare: Prepare = True,
     results: Results = None,
 ) -> None:
-    """Evaluate the model of a run from what MLflow and DVC kept."""
+    """Evaluate the model of a run from what MLflow and DVC kept; --set decoding.beam=8 decodes it otherwise."""
     from sonosco_mlflow.runs import evaluate, run_of
 
     if (run_id is None) == (run_file is None):
         raise UserError("give the id of a run, or --run-file")
     chosen = run_id if run_id is not None else run_of(run_file or Path())
-    evaluate(chosen, Path(), split=split, prepare=prepare, results=results)
+    overrides = read_overrides(context, settings)
+    evaluate(chosen, Path(), split=split, overrides=overrides, prepare=prepare, results=results)
 
 
 @app.command()
 def transcribe(
     run_id: Annotated[str, typer.Argument(help="A finished training run.")],
     audio: Annotated[list[Path], typer.Argument(help="Sound files.")],
+    n_best: Annotated[int, typer.Option(min=1, help="Print so many hypotheses, each behind its score.")] = 1,
+    settings: Set = None,
 ) -> None:
     """Print what the model of a run hears in sound files."""
     from sonosco_mlflow.runs import recognizer_of
 
-    recognizer = recognizer_of(run_id, Path())
+    recognizer = recognizer_of(run_id, Path(), overrides=parse_settings(settings), n_best=n_best)
     for path in audio:
-        typer.echo(f"{path}\t{recognizer.transcribe_file(path)}")
+        for total, text in recognizer.file_hypotheses(path):
+            score = "" if n_best == 1 else f"{total:.3f}\t"
+            typer.echo(f"{path}\t{score}{text}")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.nn import functional
 from sonosco_mlflow.text import SpecialToken
 
 State = tuple[Tensor, ...]
-"""What a decoder carries from one step to the next; each tensor has a batch dimension."""
+"""What a decoder carries from one step to the next; the first dimension of each tensor is the batch."""
 
 Step = Callable[[Tensor, State | None], tuple[Tensor, Tensor, State]]
 """One decoder step.
@@ -27,18 +27,20 @@ Takes the previous tokens ``[batch]`` and the state, None before the first step;
 
 @dataclass(frozen=True)
 class Decoded:
-    """What greedy decoding found for one utterance.
+    """A hypothesis for one utterance.
 
     Attributes:
         tokens: ids without special tokens.
         score: natural logarithm of the sequence's probability.
         weights: ``[steps, frames]`` on the CPU, the attention of each step up to and including the end of
             sentence; empty for CTC.
+        total: what it was ranked by; the score, where that alone counts.
     """
 
     tokens: list[int]
     score: float
     weights: Tensor
+    total: float
 
 
 def without_special(tokens: list[int]) -> list[int]:
@@ -86,7 +88,9 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[Decoded]:
     rows = [row[mask] for row, mask in zip(best, kept, strict=True)]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float(SpecialToken.PAD))
     scores = ctc_log_likelihood(log_probs, lengths, tokens, kept.sum(dim=1))
-    return [Decoded(row.tolist(), score, torch.empty(0)) for row, score in zip(rows, scores.tolist(), strict=True)]
+    return [
+        Decoded(row.tolist(), score, torch.empty(0), score) for row, score in zip(rows, scores.tolist(), strict=True)
+    ]
 
 
 def attention_greedy(step: Step, limits: Tensor) -> list[Decoded]:
@@ -101,7 +105,7 @@ def attention_greedy(step: Step, limits: Tensor) -> list[Decoded]:
     """
     previous = torch.full_like(limits, int(SpecialToken.SOS))
     active = torch.ones_like(limits, dtype=torch.bool)
-    scores = torch.zeros(limits.shape, device=limits.device)
+    scores = torch.zeros(limits.shape, dtype=torch.float64, device=limits.device)
     steps = torch.zeros_like(limits)
     tokens: list[Tensor] = []
     weights: list[Tensor] = []
@@ -116,6 +120,6 @@ def attention_greedy(step: Step, limits: Tensor) -> list[Decoded]:
         active = active & (previous != SpecialToken.EOS) & (steps < limits)
     all_tokens, all_weights = torch.stack(tokens, dim=1).cpu(), torch.stack(weights, dim=1).cpu()
     return [
-        Decoded(without_special(row[:count].tolist()), score, attended[:count])
+        Decoded(without_special(row[:count].tolist()), score, attended[:count], score)
         for row, score, attended, count in zip(all_tokens, scores.tolist(), all_weights, steps.tolist(), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What every attention model shares: memory of an utterance, attention, teacher forcing, greedy decoding.
+"""What every attention model shares: memory of an utterance, attention, teacher forcing, decoding.
 
 A model of this kind has two parts: an encoder that turns features into keys and values, and a decoder that
 reads the previous tokens and attends to them. The decoder is one function for both uses: all steps at once
@@ -6,14 +6,18 @@ under teacher forcing, one step at a time in decoding.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.decoding.beam import attention_beam
 from sonosco_mlflow.decoding.greedy import State, attention_greedy, without_special
+from sonosco_mlflow.decoding.search import Search
+from sonosco_mlflow.decoding.words import WordLanguageModel
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
 from sonosco_mlflow.models.layers import valid_frames
 from sonosco_mlflow.text import SpecialToken
@@ -32,6 +36,10 @@ class Memory:
     keys: Tensor
     values: Tensor
     lengths: Tensor
+
+    def repeated(self, count: int) -> "Memory":
+        """Return a memory with ``count`` rows for each utterance, side by side."""
+        return Memory(*(getattr(self, field.name).repeat_interleave(count, dim=0) for field in fields(self)))
 
 
 def attend(queries: Tensor, memory: Memory, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -171,21 +179,31 @@ class AttentionModel(SpeechModel):
         return ModelOutput(loss, logits, lengths, weights)
 
     @torch.no_grad()
-    def decode(self, batch: Batch) -> list[Hypothesis]:
-        """Return the greedy hypothesis of each utterance, of at most ``2 * encoder frames + 10`` tokens.
+    def search(self, batch: Batch, search: Search) -> list[list[Hypothesis]]:
+        """Return the best hypotheses of each utterance, of at most ``2 * encoder frames + 10`` tokens.
 
         An alignment has a row for each step, the end of sentence included.
         """
+        if isinstance(search.language_model, WordLanguageModel):
+            raise UserError(
+                "decoding.language_model: an attention model asks for the next token, which one over words does not "
+                "know; make one by `sonosco language-model --unit tokens`"
+            )
         memory = self.encode(batch.features, batch.feature_lengths)
+        rows = memory if search.is_greedy else memory.repeated(search.beam)
 
         def step(previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
-            logits, weights, state = self.spell(previous[:, None], memory, state)
+            logits, weights, state = self.spell(previous[:, None], rows, state)
             return logits[:, 0], weights[:, 0], state
 
-        decoded = attention_greedy(step, limits=2 * memory.lengths + 10)
+        limits = 2 * memory.lengths + 10
+        if search.is_greedy:
+            decoded = [[one] for one in attention_greedy(step, limits)]
+        else:
+            decoded = attention_beam(step, limits, search)
         return [
-            Hypothesis(one.tokens, one.score, one.weights[:, :frames])
-            for one, frames in zip(decoded, memory.lengths.tolist(), strict=True)
+            [Hypothesis(one.tokens, one.score, one.weights[:, :frames], one.total) for one in hypotheses]
+            for hypotheses, frames in zip(decoded, memory.lengths.tolist(), strict=True)
         ]
 
     def teacher_forced(self, output: ModelOutput) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """The one small interface between a speech model and everything that trains, decodes and serves it.
 
 ``forward`` takes a padded :class:`~sonosco_mlflow.data.loader.Batch` and returns the loss together with what
-pictures and comparisons need; ``decode`` returns the most likely token sequence of each utterance. Both must give an
-utterance the same result whatever it is padded with, and whichever utterances share its batch.
+pictures and comparisons need; ``search`` returns the best token sequences of each utterance, ``decode`` the very best.
+All must give an utterance the same result whatever it is padded with, and whichever utterances share its batch.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.decoding.search import GREEDY, Search
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Hypothesis:
         tokens: ids without special tokens.
         score: natural logarithm of the sequence's probability under the model.
         alignment: ``[steps, encoder frames]`` attention weights, or ``[encoder frames, vocabulary]`` posteriors (CTC).
+        total: what it was ranked by: the score, with what language model and length add to it.
     """
 
     tokens: list[int]
     score: float
     alignment: Tensor
+    total: float
 
 
 class SpeechModel(nn.Module, ABC):
@@ -62,8 +65,18 @@ class SpeechModel(nn.Module, ABC):
         """Return loss and logits of ``batch`` under teacher forcing."""
 
     @abstractmethod
-    def decode(self, batch: Batch) -> list[Hypothesis]:
-        """Return the greedy hypothesis of each utterance of ``batch``, in its order. Call it in evaluation mode."""
+    def search(self, batch: Batch, search: Search) -> list[list[Hypothesis]]:
+        """Return up to ``search.n_best`` hypotheses of each utterance of ``batch``, best first.
+
+        Call it in evaluation mode. No two hypotheses of an utterance have the same tokens; there is always one.
+
+        Raises:
+            UserError: a setting means nothing to this kind of model.
+        """
+
+    def decode(self, batch: Batch, search: Search = GREEDY) -> list[Hypothesis]:
+        """Return the best hypothesis of each utterance of ``batch``, in its order. Call it in evaluation mode."""
+        return [hypotheses[0] for hypotheses in self.search(batch, search)]
 
     @abstractmethod
     def teacher_forced(self, output: ModelOutput) -> list[list[int]]:

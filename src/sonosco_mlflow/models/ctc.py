@@ -1,4 +1,4 @@
-"""What every CTC model shares: loss, greedy decoding. Such a model says what it hears in each frame, and no more."""
+"""What every CTC model shares: loss and decoding. Such a model says what it hears in each frame, and no more."""
 
 from abc import abstractmethod
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.decoding.ctc import ctc_search
 from sonosco_mlflow.decoding.greedy import ctc_greedy, ctc_log_likelihood
+from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
 
 
@@ -34,13 +36,16 @@ class CTCModel(SpeechModel):
         return ModelOutput(loss.to(log_probs.device), log_probs, lengths)
 
     @torch.no_grad()
-    def decode(self, batch: Batch) -> list[Hypothesis]:
-        """Return the tokens on each utterance's best path, and its posteriors."""
+    def search(self, batch: Batch, search: Search) -> list[list[Hypothesis]]:
+        """Return the best hypotheses of each utterance, and its posteriors."""
+        search.refuse_attention_settings(type(self).__name__)
         log_probs, lengths = self.log_probabilities(batch.features, batch.feature_lengths)
         posteriors = log_probs.exp().cpu()
         return [
-            Hypothesis(one.tokens, one.score, rows[:frames])
-            for one, rows, frames in zip(ctc_greedy(log_probs, lengths), posteriors, lengths.tolist(), strict=True)
+            [Hypothesis(one.tokens, one.score, rows[:frames], one.total) for one in hypotheses]
+            for hypotheses, rows, frames in zip(
+                ctc_search(log_probs, lengths, search), posteriors, lengths.tolist(), strict=True
+            )
         ]
 
     def teacher_forced(self, output: ModelOutput) -> list[list[int]]:

@@ -11,6 +11,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from sonosco_mlflow.decoding.search import GREEDY, Search
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
@@ -23,18 +24,24 @@ SIGNATURE = ModelSignature(
     outputs=Schema([TensorSpec(np.dtype(str), (-1,))]),
 )
 # What transcribing needs, and the package imports on the way.
-_REQUIREMENTS = ("mlflow", "torch", "torchaudio", "soundfile", "safetensors", "numpy", "pydantic", "ruamel.yaml")
+_REQUIREMENTS = (
+    *("mlflow", "torch", "torchaudio", "flashlight-text", "soundfile"),
+    *("safetensors", "numpy", "pydantic", "ruamel.yaml"),
+)
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NAME = "model"
 _DIGEST = "sonosco.recognizer_digest"
 
 
-def trained_recognizer(trainer: ModelTrainer) -> SpeechRecognizer | None:
-    """Return the model of ``trainer`` with what its data goes through; None where only its own program can use it."""
+def trained_recognizer(trainer: ModelTrainer, search: Search = GREEDY) -> SpeechRecognizer | None:
+    """Return the model of ``trainer`` with what its data goes through and how its output is searched.
+
+    None where only its own program can use it.
+    """
     if not isinstance(trainer.model, SpeechModel) or trainer.train_loader is None:
         return None
     dataset = trainer.train_loader.dataset
-    recognizer = SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics)
+    recognizer = SpeechRecognizer(trainer.model, dataset.tokenizer, dataset.processor, dataset.statistics, search)
     try:
         recognizer.description()
     except UserError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sonosco_mlflow.console import say
 from sonosco_mlflow.serialization.checkpoint import Checkpoint
 from sonosco_mlflow.tracking.code_snapshot import imported_since
+from sonosco_mlflow.tracking.language_model import KeptModel
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
@@ -21,11 +22,13 @@ class Provenance:
         origin: the first three.
         lineage: where the data comes from.
         canary: what the arithmetic of the device gives that is trained on.
+        language_model: what the test set is decoded with, or None.
     """
 
     origin: Origin
     lineage: DataLineage
     canary: str
+    language_model: KeptModel | None = None
 
     def log_data(self, run: TrackedRun) -> None:
         """Log the data of a run that begins; its origin was logged as it was made."""
@@ -34,6 +37,8 @@ class Provenance:
             say("DVC does not version this data: the run knows it by digests of its own, which cannot bring it back")
         run.set_tags({**self.lineage.tags(), CANARY: self.canary})
         self.lineage.log(run)
+        if self.language_model is not None:
+            self.language_model.log(run)
         run.adopt_data_runs(self.lineage.digest)
 
     def log_segment(self, run: TrackedRun, segment: Segment, checkpoint: Checkpoint | None) -> None:
@@ -41,9 +46,13 @@ class Provenance:
         self._warn_of_late_imports()
         self.origin.log(run, segment.folder)
         self.lineage.log(run, segment.folder)
+        if self.language_model is not None:
+            self.language_model.log(run, segment.folder)
         run.log_text(segment.record(checkpoint), f"{segment.folder}{RECORD}")
         # What follows shows the run as it now is; a resume does not read it.
         self.origin.log_recipe(run)
+        if self.language_model is not None:
+            self.language_model.log(run)
         run.set_tags({**self.origin.tags(), **self.lineage.tags(), CANARY: self.canary})
         changed = {name for branch in segment.branches for name in branch.changes}
         if changed:

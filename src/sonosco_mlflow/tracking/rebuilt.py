@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import git
 
@@ -21,6 +22,7 @@ from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import file_digest, unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
+from sonosco_mlflow.tracking.language_model import require_language_model
 from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.pipeline import borrow_settings
 from sonosco_mlflow.tracking.repository import repository_of
@@ -114,11 +116,23 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
     place = tree / command.folder
     _restore_code(segment, project.resolve(), tree)
     place.mkdir(parents=True, exist_ok=True)
-    (place / "params.yaml").write_text(settings_yaml(segment.settings()), encoding="utf-8")
+    settings = segment.settings()
+    if command.trains_recipe:
+        _restore_language_model(segment, settings, place)
+    (place / "params.yaml").write_text(settings_yaml(settings), encoding="utf-8")
     environment = segment.environment()
     python = Path(sys.executable) if manager == "local" else _build_environment(environment, folder / "environment")
     has_data = _restore_data(segment, project.resolve(), place, expected_data)
     return Rebuilt(tree, python, environment, command, has_data)
+
+
+def _restore_language_model(segment: Segment, settings: dict[str, Any], place: Path) -> None:
+    decoding = settings.get("decoding", {})
+    if decoding.get("language_model") is None:
+        return
+    # Where it lay then may be outside the project, or among its code.
+    file = require_language_model(segment, place / "data" / "language_model.arpa")
+    decoding["language_model"] = file.relative_to(place).as_posix()
 
 
 def _restore_code(segment: Segment, project: Path, tree: Path) -> None:

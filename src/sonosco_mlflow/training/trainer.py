@@ -197,9 +197,13 @@ class ModelTrainer:
         """Record a Markdown text at the current step."""
         emit(self, "on_text", name, text)
 
-    def evaluate(self, loader: AudioDataLoader, prefix: str) -> Validation:
-        """Return loss and metrics of ``loader``, named ``prefix + name``; no generator and no mode is left changed."""
-        return evaluate(self.model, loader, prefix, loss=self.loss, decoder=self.decoder, metrics=self.metrics)
+    def evaluate(self, loader: AudioDataLoader, prefix: str, decoder: Decoder | None = None) -> Validation:
+        """Return loss and metrics of ``loader``, named ``prefix + name``; no generator and no mode is left changed.
+
+        ``decoder`` takes the place of the trainer's own.
+        """
+        chosen = decoder or self.decoder
+        return evaluate(self.model, loader, prefix, loss=self.loss, decoder=chosen, metrics=self.metrics)
 
     # ------------------------------------------------------------------ the loop
 
