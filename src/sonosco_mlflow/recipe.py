@@ -18,7 +18,9 @@ from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.training.callbacks import (
     Callback,
+    CosineDecay,
     EarlyStopping,
+    InverseSquareRootDecay,
     LinearWarmUp,
     PlateauLearningRateReduction,
     ScheduledLearningRateReduction,
@@ -158,5 +160,9 @@ def _reduction(schedule: Schedule) -> list[Callback]:
             return [StepwiseLearningRateReduction(schedule.every_epochs, schedule.factor, schedule.floor)]
         case "scheduled":
             return [ScheduledLearningRateReduction(schedule.epochs, schedule.factor, schedule.floor)]
+        case "inverse_square_root":
+            return [InverseSquareRootDecay(schedule.warmup_steps, schedule.floor)]
+        case "cosine":
+            return [CosineDecay(schedule.warmup_steps, schedule.floor)]
         case "none":
             return []

@@ -10,6 +10,8 @@ from sonosco_mlflow.training.callbacks.epoch_time import EpochTimeEstimate
 from sonosco_mlflow.training.callbacks.gradient_norms import LayerGradientNorms
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.learning_rate import (
+    CosineDecay,
+    InverseSquareRootDecay,
     LinearWarmUp,
     PlateauLearningRateReduction,
     ScheduledLearningRateReduction,
@@ -22,9 +24,11 @@ from sonosco_mlflow.training.callbacks.text_comparison import TeacherForcedTextC
 
 __all__ = [
     "Callback",
+    "CosineDecay",
     "EarlyStopping",
     "EpochTimeEstimate",
     "History",
+    "InverseSquareRootDecay",
     "LayerGradientNorms",
     "LinearWarmUp",
     "ModelCheckpoint",
