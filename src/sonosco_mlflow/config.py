@@ -30,7 +30,14 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # What decides how a run goes on, but not a single bit of where it ends; the data's content has digests of its own.
 # Names of keys, and of sections.
-NOT_DECISIVE = ("data.source", "data.workers", "data.processes", "checkpoint", "tracking", "training.epochs")
+NOT_DECISIVE: tuple[str, ...] = (
+    "data.source",
+    "data.workers",
+    "data.processes",
+    "checkpoint",
+    "tracking",
+    "training.epochs",
+)
 
 # What came into the recipe later: at its default it leaves every result as it was, and does not count, so that a run
 # from before goes on. Names of keys, and of sections.

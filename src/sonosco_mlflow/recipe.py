@@ -120,6 +120,7 @@ def build_trainer(config: Config, loaders: Loaders) -> ModelTrainer:
         gradient_clip=config.training.gradient_clip,
         validate_every_steps=config.training.validate_every_steps,
         device=config.training.device,
+        precision=config.training.precision,
     )
 
 

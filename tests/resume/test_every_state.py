@@ -21,6 +21,7 @@ from sonosco_mlflow.determinism import generator_states
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
 from sonosco_mlflow.testing import MakeTrainer, assert_exact_resume
+from sonosco_mlflow.training import precision
 from sonosco_mlflow.training.callbacks import (
     Callback,
     EarlyStopping,
@@ -91,6 +92,15 @@ def test_a_training_that_saves_checkpoints(tone_manifest: Manifest, tmp_path: Pa
         return [EarlyStopping(patience=4), ModelCheckpoint(tmp_path, every_steps=3)]
 
     assert_exact_resume(maker(tone_manifest, callbacks=callbacks), every=3)
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_sixteen_bits(tone_manifest: Manifest, name: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wanted == "float16" and name != "toy" and not precision.has_units(wanted, torch.device("cpu")):
+        pytest.skip("this processor has no units for recurrent layers in float16")
+    monkeypatch.setattr(precision, "has_units", lambda wanted, device: True)
+    assert_exact_resume(maker(tone_manifest, name, precision=wanted))
 
 
 def test_another_number_of_workers(tone_manifest: Manifest) -> None:

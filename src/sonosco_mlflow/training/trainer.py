@@ -36,6 +36,7 @@ from sonosco_mlflow.training.callbacks.dispatch import (
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
 from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state, placed_as
 from sonosco_mlflow.training.parameters import load_model_state, parameter_traits
+from sonosco_mlflow.training.precision import Precision
 from sonosco_mlflow.training.validation import Decoder, Loss, Validation, evaluate, model_loss
 
 
@@ -71,6 +72,8 @@ class ModelTrainer:
         gradient_clip: bound on the gradient's 2-norm, or None.
         validate_every_steps: validate also every so many optimizer steps, besides the end of each epoch.
         device: where the model trains.
+        precision: what forward passes of training compute in, where the device has units for it; see
+            :class:`~sonosco_mlflow.training.precision.Precision`.
 
     Attributes:
         progress: where training stands.
@@ -96,8 +99,10 @@ class ModelTrainer:
         gradient_clip: float | None = None,
         validate_every_steps: int | None = None,
         device: str = "cpu",
+        precision: str = "float32",
     ) -> None:
         self.device = torch.device(device)
+        self.precision = Precision(precision, self.device)
         self.model = model.to(self.device)
         self.loss = loss
         if optimizer is None:
@@ -231,14 +236,15 @@ class ModelTrainer:
         self.at_safe_point = False
         torch.manual_seed(seed_for(self.seed, "step", progress.micro_step))
         self.model.train()
-        loss = self.loss(self.model, batch)
+        with self.precision.computing():
+            loss = self.loss(self.model, batch)
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"the loss is {loss.item()} at step {progress.step + 1} (epoch {progress.epoch}, utterances "
                 f"{', '.join(batch.ids[:5])}); "
                 "lower optimizer.lr, set training.gradient_clip, or look at these utterances"
             )
-        (loss / window).backward()  # type: ignore[no-untyped-call]
+        self.precision.backward(loss / window)
         self._window_loss += loss.item() / window
         self._window_utterances += len(batch)
         progress.batch += 1
@@ -278,6 +284,7 @@ class ModelTrainer:
         return batches, min(self.accumulation, batches - first)
 
     def _optimizer_step(self, seconds: float) -> None:
+        self.precision.unscale(self.optimizer)
         emit(self, "on_gradients")
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
         in_groups = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -287,7 +294,7 @@ class ModelTrainer:
         factor = learning_rate_factor(self)
         for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
             group["lr"] = recipe["lr"] * factor
-        self.optimizer.step()
+        self.precision.step(self.optimizer)
         # Of parameters too that the optimizer does not move: they are no state between two steps.
         self.model.zero_grad()
         self.progress.step += 1
@@ -346,6 +353,7 @@ class ModelTrainer:
             "gradient_clip": self.gradient_clip,
             "validate_every_steps": self.validate_every_steps,
             "device": str(self.device),
+            "precision": self.precision.wanted,
         }
 
     def state_dict(self) -> dict[str, object]:
@@ -365,6 +373,7 @@ class ModelTrainer:
                 "parameters": parameter_traits(self.model),
                 "gradients": gradients,
                 "window_loss": self._window_loss,
+                "precision": self.precision.state_dict(),
                 "generators": self._generators.state_dict(),
                 "callbacks": callbacks_state(self.callbacks),
             },
@@ -386,6 +395,8 @@ class ModelTrainer:
         for name, parameter in self.model.named_parameters():
             gradient = trainer["gradients"].get(name)
             parameter.grad = None if gradient is None else placed_as(parameter, gradient)
+        # A state from before there was a choice has none.
+        self.precision.load_state_dict(trainer.get("precision", {}))
         load_callbacks_state(self.callbacks, trainer["callbacks"])
         self._reach_safe_point()
         self._generators.load_state_dict(trainer["generators"])
