@@ -32,6 +32,7 @@ from sonosco_mlflow.config import Config, flatten
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.reporting import log_results
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
 from sonosco_mlflow.serving.logging import trained_recognizer
@@ -44,7 +45,7 @@ from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
 from sonosco_mlflow.tracking.resumption import Resumption
 from sonosco_mlflow.tracking.segments import BRANCH
-from sonosco_mlflow.tracking.store import connect
+from sonosco_mlflow.tracking.store import connect, download
 from sonosco_mlflow.tracking.tags import FIRST_STEP, FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
@@ -239,6 +240,7 @@ class Experiment:
             self._checkpoint = _own(trainer, ModelCheckpoint) or ModelCheckpoint()
             self._checkpoint.serializer = self.serializer
             self._checkpoint.digests = digests
+            self._checkpoint.fetch = lambda name, folder: download(self.run.id, f"{CHECKPOINTS}/{name}", folder)
             if self._checkpoint not in trainer.callbacks:
                 # Last, so that what it saves is what the others decided.
                 trainer.callbacks.append(self._checkpoint)
@@ -384,7 +386,8 @@ class Experiment:
         """Write to the run what it is when it has come to its end; again, where a server went away meanwhile."""
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
-        log_results(self.run, trainer, self.history, self.test, self._test_loader, self._registered_model)
+        with trainer.evaluated_weights():
+            log_results(self.run, trainer, self.history, self.test, self._test_loader, self._registered_model)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

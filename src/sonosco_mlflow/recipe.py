@@ -18,10 +18,13 @@ from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.training.callbacks import (
     Callback,
+    CheckpointAverage,
     CosineDecay,
     EarlyStopping,
+    ExponentialAverage,
     InverseSquareRootDecay,
     LinearWarmUp,
+    ModelCheckpoint,
     PlateauLearningRateReduction,
     ScheduledLearningRateReduction,
     SoftWindow,
@@ -44,11 +47,17 @@ def check_recipe(config: Config) -> dict[str, object]:
     """Return all settings of the recipe's model, after trying what can be tried without data.
 
     Raises:
-        UserError: the model, its settings, the features or the device cannot be; the message names the key.
+        UserError: the model, its settings, the features, the device or the averaging cannot be; the message names the
+            key.
     """
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
     _check_device(config.training.device)
+    if config.training.ema_decay is not None and config.training.average != "none":
+        raise UserError(
+            f"training.ema_decay: found {config.training.ema_decay} beside training.average "
+            f"'{config.training.average}'; expected one of the two: set the other to null or none"
+        )
     # The vocabulary is not known yet; on the meta device its size costs nothing, and no generator is drawn from.
     with torch.device("meta"):
         build_model(config.model.name, config.model.preset, config.features.n_mels, 32, config.model.settings)
@@ -124,6 +133,15 @@ def build_trainer(config: Config, loaders: Loaders) -> ModelTrainer:
     )
 
 
+def build_checkpoints(config: Config) -> ModelCheckpoint:
+    """Return what keeps a recipe's checkpoints: as many as it asks for, and at least those that are averaged."""
+    options = config.checkpoint.model_dump()
+    if config.training.average != "none":
+        option = f"keep_{config.training.average}"
+        options[option] = max(options[option], config.training.average_checkpoints)
+    return ModelCheckpoint(**options)
+
+
 def _augmentation(augment: Augment) -> SpecAugment | None:
     if augment.time_masks == 0 and augment.frequency_masks == 0:
         return None
@@ -148,6 +166,10 @@ def _callbacks(config: Config, model: SpeechModel) -> list[Callback]:
     callbacks += _reduction(config.schedule)
     if hasattr(model, "soft_window"):
         callbacks.append(SoftWindow(config.training.soft_window_epochs))
+    if config.training.ema_decay is not None:
+        callbacks.append(ExponentialAverage(config.training.ema_decay))
+    if config.training.average != "none":
+        callbacks.append(CheckpointAverage(config.training.average, config.training.average_checkpoints))
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(config.training.early_stopping_patience))
     return callbacks

@@ -23,7 +23,7 @@ from sonosco_mlflow.evaluation import (
 )
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
-from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer, check_recipe
+from sonosco_mlflow.recipe import build_checkpoints, build_loader, build_loaders, build_trainer, check_recipe
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.tracking.changes import lineage_changes, listed
@@ -39,7 +39,6 @@ from sonosco_mlflow.tracking.segments import Segment, newest_segment
 from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
 from sonosco_mlflow.training.callbacks.interrupt_at import InterruptAt
-from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
 from sonosco_mlflow.training.validation import evaluate as evaluate_model
 
@@ -153,7 +152,7 @@ def _train(
     trainer.attach(ProgressBar())
     if until_step is not None:
         trainer.attach(InterruptAt(until_step))
-    trainer.callbacks.append(ModelCheckpoint(**config.checkpoint.model_dump()))
+    trainer.callbacks.append(build_checkpoints(config))
     registered = f"speech-{config.data.corpus}" if config.tracking.registered else None
     lineage = DataLineage.of_folder(folder)
     experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=lineage, registered_model=registered)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rich_trainer import MODELS, maker, training_loader
+from rich_trainer import MODELS, LossGuidedRate, maker, training_loader
 from sonosco_mlflow import testing
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.data.manifest import Manifest
@@ -24,10 +24,15 @@ from sonosco_mlflow.testing import MakeTrainer, assert_exact_resume
 from sonosco_mlflow.training import precision
 from sonosco_mlflow.training.callbacks import (
     Callback,
+    CosineDecay,
     EarlyStopping,
+    ExponentialAverage,
+    InverseSquareRootDecay,
+    LinearWarmUp,
     ModelCheckpoint,
     ScheduledLearningRateReduction,
     StepwiseLearningRateReduction,
+    TeacherForcedTextComparison,
 )
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
@@ -92,6 +97,19 @@ def test_a_training_that_saves_checkpoints(tone_manifest: Manifest, tmp_path: Pa
         return [EarlyStopping(patience=4), ModelCheckpoint(tmp_path, every_steps=3)]
 
     assert_exact_resume(maker(tone_manifest, callbacks=callbacks), every=3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_average_of_the_weights(tone_manifest: Manifest, name: str) -> None:
+    def callbacks(model: nn.Module) -> list[Callback]:
+        return [ExponentialAverage(0.6), TeacherForcedTextComparison(2), LossGuidedRate()]
+
+    assert_exact_resume(maker(tone_manifest, name, callbacks=callbacks))
+
+
+def test_schedules_that_follow_the_steps(tone_manifest: Manifest) -> None:
+    for decay in (InverseSquareRootDecay(2), CosineDecay(1, floor=1e-3)):
+        assert_exact_resume(maker(tone_manifest, callbacks=lambda model, decay=decay: [LinearWarmUp(2), decay]))
 
 
 @pytest.mark.parametrize("wanted", ["bfloat16", "float16"])

@@ -407,6 +407,8 @@ def test_every_callback_is_exported_and_can_be_written_down_and_built_again() ->
         "LinearWarmUp": {"steps": 10},
         "InverseSquareRootDecay": {"warmup_steps": 10},
         "CosineDecay": {"warmup_steps": 10, "floor": 0.1},
+        "ExponentialAverage": {"decay": 0.9},
+        "CheckpointAverage": {"which": "best", "count": 3},
         "SoftWindow": {"epochs": 1},
         "ModelCheckpoint": {"every_steps": 5, "every_epochs": None, "keep_every_steps": 10},
     }

@@ -9,7 +9,8 @@ safe point, and continues on the same path wherever it is loaded.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from signal import SIGINT
 from typing import Any
 
@@ -17,39 +18,42 @@ import torch
 from torch import nn
 
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
-from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.determinism import KeptGenerators, seed_for
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Serializer
+from sonosco_mlflow.training.averaging import borrowed_weights
 from sonosco_mlflow.training.callbacks.base import STEP_METRICS, Callback
 from sonosco_mlflow.training.callbacks.dispatch import (
     callbacks_state,
     emit,
     emit_exception,
+    evaluated_weights,
     learning_rate_factor,
     load_callbacks_state,
     tell_callbacks,
     tell_observers,
 )
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
-from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state, placed_as
+from sonosco_mlflow.training.optimizer import (
+    OptimizerRecipe,
+    clip_gradients,
+    load_optimizer_state,
+    optimizer_state,
+    placed_as,
+)
 from sonosco_mlflow.training.parameters import load_model_state, parameter_traits
 from sonosco_mlflow.training.precision import Precision
-from sonosco_mlflow.training.validation import Decoder, Loss, Validation, evaluate, model_loss
-
-
-@dataclass
-class Progress:
-    """Where training stands; ``epoch`` and ``batch`` name the next batch to train on."""
-
-    epoch: int = 0
-    batch: int = 0
-    micro_step: int = 0
-    step: int = 0
-    utterances: int = 0
-    frames: int = 0
+from sonosco_mlflow.training.progress import Progress
+from sonosco_mlflow.training.validation import (
+    Decoder,
+    Loss,
+    Validation,
+    default_decoder,
+    evaluate,
+    model_loss,
+)
 
 
 @serializable
@@ -116,7 +120,7 @@ class ModelTrainer:
         self.metrics = list(metrics)
         self.callbacks = list(callbacks)
         self.observers: list[Callback] = []
-        self.decoder = decoder or self._default_decoder()
+        self.decoder = decoder or default_decoder(model, val_loader or train_loader, is_needed=bool(metrics))
         self.epochs = epochs
         self.seed = seed
         self.accumulation = accumulation
@@ -204,7 +208,12 @@ class ModelTrainer:
 
     def evaluate(self, loader: AudioDataLoader, prefix: str) -> Validation:
         """Return loss and metrics of ``loader``, named ``prefix + name``; no generator and no mode is left changed."""
-        return evaluate(self.model, loader, prefix, loss=self.loss, decoder=self.decoder, metrics=self.metrics)
+        with self.evaluated_weights():
+            return evaluate(self.model, loader, prefix, loss=self.loss, decoder=self.decoder, metrics=self.metrics)
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """Give the model, for a block, the weights that it is evaluated with: a callback's average, or its own."""
+        return borrowed_weights(self.model, evaluated_weights(self))
 
     # ------------------------------------------------------------------ the loop
 
@@ -286,14 +295,8 @@ class ModelTrainer:
     def _optimizer_step(self, seconds: float) -> None:
         self.precision.unscale(self.optimizer)
         emit(self, "on_gradients")
-        limit = math.inf if self.gradient_clip is None else self.gradient_clip
-        in_groups = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        # In the model's order, however they are grouped: it decides the last bits of the norm.
-        moved = [parameter for parameter in self.model.parameters() if id(parameter) in in_groups]
-        norm = nn.utils.clip_grad_norm_(moved, limit).item()
-        factor = learning_rate_factor(self)
-        for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
-            group["lr"] = recipe["lr"] * factor
+        norm = clip_gradients(self.optimizer, self.model, self.gradient_clip)
+        self.optimizer_recipe.set_learning_rates(self.optimizer, learning_rate_factor(self))
         self.precision.step(self.optimizer)
         # Of parameters too that the optimizer does not move: they are no state between two steps.
         self.model.zero_grad()
@@ -313,17 +316,6 @@ class ModelTrainer:
         self.validation = self.evaluate(self.val_loader, "val_")
         self.record(self.validation.metrics)
         emit(self, "on_validation_end", self.validation)
-
-    def _default_decoder(self) -> Decoder | None:
-        loader = self.val_loader or self.train_loader
-        if loader is not None and hasattr(self.model, "decode"):
-            return TextDecoder(loader.tokenizer)
-        if self.metrics:
-            raise UserError(
-                f"metrics need hypotheses, but {type(self.model).__name__} has no decode(batch) or there is no loader; "
-                "pass decoder=..., a callable (model, batch) -> list of texts"
-            )
-        return None
 
     # ------------------------------------------------------------------ state
 
@@ -405,5 +397,4 @@ class ModelTrainer:
 
     def renew_optimizer_options(self) -> None:
         """Set the optimizer's options as this trainer was made with, after a state of other ones was loaded."""
-        for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
-            group.update({key: value for key, value in recipe.items() if key != "parameters"})
+        self.optimizer_recipe.renew_options(self.optimizer)

@@ -4,6 +4,7 @@
 100
 """
 
+from sonosco_mlflow.training.callbacks.averages import CheckpointAverage, ExponentialAverage
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.early_stopping import EarlyStopping
 from sonosco_mlflow.training.callbacks.epoch_time import EpochTimeEstimate
@@ -24,9 +25,11 @@ from sonosco_mlflow.training.callbacks.text_comparison import TeacherForcedTextC
 
 __all__ = [
     "Callback",
+    "CheckpointAverage",
     "CosineDecay",
     "EarlyStopping",
     "EpochTimeEstimate",
+    "ExponentialAverage",
     "History",
     "InverseSquareRootDecay",
     "LayerGradientNorms",
