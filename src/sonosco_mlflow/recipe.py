@@ -15,7 +15,6 @@ from sonosco_mlflow.data.stages import DataFolder, make_processor
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models import build_model, model_settings
 from sonosco_mlflow.models.base import SpeechModel
-from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.training.callbacks import (
     Callback,
     CheckpointAverage,
@@ -32,6 +31,7 @@ from sonosco_mlflow.training.callbacks import (
     TextComparison,
 )
 from sonosco_mlflow.training.trainer import ModelTrainer
+from sonosco_mlflow.vocabulary import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,17 @@ def check_recipe(config: Config) -> dict[str, object]:
     """Return all settings of the recipe's model, after trying what can be tried without data.
 
     Raises:
-        UserError: the model, its settings, the features, the device or the averaging cannot be; the message names the
-            key.
+        UserError: the model, its settings, the features, the device, the sampling or the averaging cannot be; the
+            message names the key.
     """
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
     _check_device(config.training.device)
+    if config.tokenizer.sampling and config.tokenizer.kind == "characters":
+        raise UserError(
+            f"tokenizer.sampling: found {config.tokenizer.sampling} beside tokenizer.kind 'characters', which spell a "
+            "word in one way; expected 0, or tokenizer.kind 'word_pieces'"
+        )
     if config.training.ema_decay is not None and config.training.average != "none":
         raise UserError(
             f"training.ema_decay: found {config.training.ema_decay} beside training.average "
@@ -92,10 +97,11 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
     dataset = AudioDataset(
         Manifest.read(folder.manifest(split)),
         make_processor(config.features),
-        CharacterTokenizer.read(folder.vocabulary),
+        read_tokenizer(folder.vocabulary),
         store=FeatureStore(folder.store(split)),
         statistics=FeatureStatistics.read(folder.statistics),
         augmentation=_augmentation(config.augment) if training else None,
+        word_sampling=config.tokenizer.sampling if training else 0.0,
         seed=config.training.seed,
     )
     return AudioDataLoader(

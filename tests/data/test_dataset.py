@@ -1,3 +1,5 @@
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.data.processor import AudioDataProcessor
 from sonosco_mlflow.determinism import random_stream
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.serialization.serializer import Serializer
+from sonosco_mlflow.word_pieces import WordPieceTokenizer
 from toy import PROCESSOR, TOKENIZER
 
 STATISTICS = FeatureStatistics([-5.0] * 8, [2.0] * 8)
@@ -64,6 +68,39 @@ def test_augmentation_is_keyed_by_seed_epoch_and_utterance(tone_manifest: Manife
     plain = datasets[0][0]
     assert torch.equal(one, augment(plain.features, random_stream(0, "augment", 3, plain.id)))
     assert torch.equal(plain.features, AudioDataset(tone_manifest, PROCESSOR, TOKENIZER)[0].features)
+
+
+def test_the_spelling_is_keyed_by_seed_epoch_and_utterance(tone_manifest: Manifest) -> None:
+    pieces = WordPieceTokenizer(["▁", *"ABCDE", "AB", "BC", "CD", "DE", "EA"], [-3.0] * 6 + [-5.0] * 5)
+    datasets = [AudioDataset(tone_manifest, PROCESSOR, pieces, word_sampling=0.5, seed=seed) for seed in (0, 0, 1)]
+    datasets[1].sample(5, epoch=0)  # what was loaded before does not matter
+    spelled = [
+        [dataset.sample(position, epoch).tokens.tolist() for position in range(20) for epoch in range(3)]
+        for dataset in datasets
+    ]
+    assert spelled[0] == spelled[1] != spelled[2]
+    position = max(range(20), key=lambda position: len(tone_manifest[position].text))
+    text = tone_manifest[position].text
+    assert datasets[0].sample(position, 2).tokens.tolist() == pieces.sampled(
+        text, 0.5, random_stream(0, "word pieces", 2, tone_manifest[position].id)
+    )
+    # Read without a key, it is the likeliest; and all are the same text.
+    assert datasets[0][position].tokens.tolist() == pieces.encode(text)
+    assert len({tuple(datasets[0].sample(position, epoch).tokens.tolist()) for epoch in range(20)}) > 1
+    assert {pieces.decode(datasets[0].sample(position, epoch).tokens.tolist()) for epoch in range(20)} == {text}
+
+
+def test_sampling_counts_in_the_digest_and_without_it_nothing_new_does(tone_manifest: Manifest) -> None:
+    pieces = WordPieceTokenizer(["▁", *"ABCDE"], [-3.0] * 6)
+    plain, sampling = (AudioDataset(tone_manifest, PROCESSOR, pieces, word_sampling=p) for p in (0.0, 0.1))
+    assert plain.digest != sampling.digest
+    parts = [tone_manifest.digest, pieces.digest, Serializer().describe(PROCESSOR), None, None, 0]
+    assert plain.digest == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def test_a_tokenizer_of_one_spelling_cannot_be_sampled(tone_manifest: Manifest) -> None:
+    with pytest.raises(UserError, match=r"word_sampling is 0\.1, but a CharacterTokenizer spells a word in one way"):
+        AudioDataset(tone_manifest, PROCESSOR, TOKENIZER, word_sampling=0.1)
 
 
 def test_a_store_that_lacks_an_utterance_is_refused(tone_manifest: Manifest, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ audio; both ways give the same numbers.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +23,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import qualified_name
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.text import Tokenizer
+from sonosco_mlflow.word_pieces import WordPieceTokenizer
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class AudioDataset:
         statistics: mean and standard deviation to normalise by (of the training split); None leaves features as they
             are.
         augmentation: applied by :meth:`sample`, never by indexing.
-        seed: key of the augmentation.
+        word_sampling: probability with which :meth:`sample` spells a word by any of its likeliest segmentations.
+        seed: key of the augmentation and of the spelling.
 
     Raises:
-        UserError: ``store`` lacks an utterance of the manifest.
+        UserError: ``store`` lacks an utterance of the manifest, or the tokenizer has one spelling of a word only.
     """
 
     def __init__(
@@ -61,14 +63,20 @@ class AudioDataset:
         store: FeatureStore | None = None,
         statistics: FeatureStatistics | None = None,
         augmentation: Augmentation | None = None,
+        word_sampling: float = 0.0,
         seed: int = 0,
     ) -> None:
+        if word_sampling and not isinstance(tokenizer, WordPieceTokenizer):
+            raise UserError(
+                f"word_sampling is {word_sampling}, but a {type(tokenizer).__name__} spells a word in one way; set 0"
+            )
         self.manifest = manifest
         self.processor = processor
         self.tokenizer = tokenizer
         self.store = store
         self.statistics = statistics
         self.augmentation = augmentation
+        self.word_sampling = word_sampling
         self.seed = seed
         self.frames = self._frames()
 
@@ -86,6 +94,9 @@ class AudioDataset:
             _description(self.augmentation),
             self.seed,
         ]
+        if self.word_sampling:
+            # What came later stands here only where it is used: a run from before has the digest of then.
+            parts.append({"word_sampling": self.word_sampling})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -110,10 +121,16 @@ class AudioDataset:
     def sample(self, position: int, epoch: int) -> Sample:
         """Return the utterance at ``position`` as ``epoch`` sees it: augmented by (seed, epoch, utterance id)."""
         sample = self[position]
-        if self.augmentation is None:
-            return sample
-        stream = random_stream(self.seed, "augment", epoch, sample.id)
-        return Sample(sample.id, sample.text, self.augmentation(sample.features, stream), sample.tokens)
+        if self.augmentation is not None:
+            stream = random_stream(self.seed, "augment", epoch, sample.id)
+            sample = replace(sample, features=self.augmentation(sample.features, stream))
+        if self.word_sampling:
+            assert isinstance(self.tokenizer, WordPieceTokenizer)
+            stream = random_stream(self.seed, "word pieces", epoch, sample.id)
+            sample = replace(
+                sample, tokens=torch.tensor(self.tokenizer.sampled(sample.text, self.word_sampling, stream))
+            )
+        return sample
 
     def _frames(self) -> list[int]:
         if self.store is None:

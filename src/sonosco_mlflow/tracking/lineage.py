@@ -11,10 +11,10 @@ from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
-from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.pipeline import lock_text, stage_outputs
 from sonosco_mlflow.tracking.tags import DATA_DIGEST
+from sonosco_mlflow.vocabulary import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DataLineage:
         outputs = stage_outputs(folder)
         return cls(
             manifests={split: manifest.digest for split, manifest in manifests.items()},
-            vocabulary=CharacterTokenizer.read(folder.vocabulary).digest,
+            vocabulary=read_tokenizer(folder.vocabulary).digest,
             outputs=outputs,
             counts={split: _counts(manifest) for split, manifest in manifests.items()},
             contents={} if outputs else {split: FeatureStore(folder.store(split)).digest for split in SPLITS},
