@@ -54,6 +54,26 @@ def test_a_run_leaves_what_dvc_keeps(project: Path, outcome: Outcome) -> None:
     assert (results / "validations.csv").read_text().startswith("step,val_character_error_rate,val_loss,")
 
 
+@pytest.mark.parametrize("way", [{"training__ema_decay": "0.9"}, {"training__average": "last"}])
+def test_a_run_ends_with_averaged_weights_and_its_numbers_are_of_them(project: Path, way: dict[str, str]) -> None:
+    settings = {
+        "augment__speeds": "[0.9, 1.0, 1.1]",
+        "augment__noise_snr": "[10, 20]",
+        "schedule__reduction": "cosine",
+        "training__epochs": "3",
+        **way,
+    }
+    outcome = train(recipe(project, **settings), project, prepare=False)
+    assert outcome is not None
+    evaluate(outcome.run_id, project, prepare=False)
+    (again,) = mlflow.MlflowClient().search_runs(
+        ["0"], f"tags.`mlflow.parentRunId` = '{outcome.run_id}'", order_by=["attributes.start_time DESC"]
+    )
+    assert again.data.tags["sonosco.reproduced"] == "true"
+    kept = sorted(artifact.path for artifact in mlflow.MlflowClient().list_artifacts(outcome.run_id, "checkpoints"))
+    assert len(kept) >= 2
+
+
 def test_the_report_says_what_a_person_wants_to_know(outcome: Outcome) -> None:
     text = report(outcome)
     assert outcome.run_id in text

@@ -6,7 +6,7 @@ import torch
 
 from sonosco_mlflow import metrics
 from sonosco_mlflow.config import Augment, Config, Optimizer, Schedule
-from sonosco_mlflow.data.augment import SpecAugment
+from sonosco_mlflow.data.augment import Noise, SpecAugment, SpeedPerturbation, WaveformAugmentation
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
 from sonosco_mlflow.data.loader import AudioDataLoader
@@ -47,12 +47,13 @@ def check_recipe(config: Config) -> dict[str, object]:
     """Return all settings of the recipe's model, after trying what can be tried without data.
 
     Raises:
-        UserError: the model, its settings, the features, the device, the sampling or the averaging cannot be; the
-            message names the key.
+        UserError: the model, its settings, the features, the device, an augmentation, the sampling or the averaging
+            cannot be; the message names the key.
     """
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
     _check_device(config.training.device)
+    _waveform_augmentations(config.augment)
     if config.tokenizer.sampling and config.tokenizer.kind == "characters":
         raise UserError(
             f"tokenizer.sampling: found {config.tokenizer.sampling} beside tokenizer.kind 'characters', which spell a "
@@ -101,6 +102,7 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
         store=FeatureStore(folder.store(split)),
         statistics=FeatureStatistics.read(folder.statistics),
         augmentation=_augmentation(config.augment) if training else None,
+        waveform_augmentations=_waveform_augmentations(config.augment) if training else (),
         word_sampling=config.tokenizer.sampling if training else 0.0,
         seed=config.training.seed,
     )
@@ -151,7 +153,20 @@ def build_checkpoints(config: Config) -> ModelCheckpoint:
 def _augmentation(augment: Augment) -> SpecAugment | None:
     if augment.time_masks == 0 and augment.frequency_masks == 0:
         return None
-    return SpecAugment(**augment.model_dump())
+    masks = {"time_masks", "time_mask_frames", "time_mask_share", "frequency_masks", "frequency_mask_bands"}
+    return SpecAugment(**augment.model_dump(include=masks))
+
+
+def _waveform_augmentations(augment: Augment) -> list[WaveformAugmentation]:
+    found: list[WaveformAugmentation] = []
+    if augment.speeds:
+        found.append(SpeedPerturbation(augment.speeds))
+    if augment.noise_snr:
+        if len(augment.noise_snr) != 2:
+            raise UserError(f"augment.noise_snr: found {augment.noise_snr}, expected the lowest and the highest, in dB")
+        lowest, highest = augment.noise_snr
+        found.append(Noise(lowest, highest, augment.noise_share))
+    return found
 
 
 def _optimizer(recipe: Optimizer, model: SpeechModel) -> torch.optim.Optimizer:

@@ -154,7 +154,7 @@ def _train(
         trainer.attach(InterruptAt(until_step))
     trainer.callbacks.append(build_checkpoints(config))
     registered = f"speech-{config.data.corpus}" if config.tracking.registered else None
-    lineage = DataLineage.of_folder(folder)
+    lineage = DataLineage.of_folder(folder, recordings=config.augment.reads_recordings)
     experiment.setup_model_trainer(trainer, test_loader=loaders.test, lineage=lineage, registered_model=registered)
     continues = experiment.is_open
     if experiment.resumption is not None and continues:
@@ -180,7 +180,7 @@ def _train(
 def _unfinished(config: Config, project: Path) -> str | None:
     connect(project)
     determinism.configure(config.training.threads)
-    lineage = DataLineage.of_folder(ready_data(config, project))
+    lineage = DataLineage.of_folder(ready_data(config, project), recordings=config.augment.reads_recordings)
     return find_unfinished(config.tracking.experiment, Origin.take(config, project), lineage.digest)
 
 
@@ -211,7 +211,7 @@ def bring_data(config: Config, project: Path) -> DataLineage:
     """Bring the data of a recipe up to date, and say so on a run in MLflow."""
     connect(project)
     with TrackedRun.open(config.tracking.experiment, "data", f"data-{config.data.corpus}") as run:
-        lineage = DataLineage.of_folder(prepare_data(config, project))
+        lineage = DataLineage.of_folder(prepare_data(config, project), recordings=config.augment.reads_recordings)
         run.set_tags(lineage.tags())
         run.log_text(config.to_yaml(), "config/params.yaml")
         lineage.log(run)
@@ -249,7 +249,7 @@ def evaluate(
             config = _recipe_of(newest_segment(parent))
             determinism.configure(config.training.threads)
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
-            lineage = DataLineage.of_folder(folder)
+            lineage = DataLineage.of_folder(folder, recordings=config.augment.reads_recordings)
             _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
             recognizer = load_recognizer(run_id, Path(scratch))
             loader = build_loader(config, folder, split)
