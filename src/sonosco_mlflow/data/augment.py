@@ -153,9 +153,11 @@ class Noise:
         ratio = self.lowest + (self.highest - self.lowest) * stream.random()
         slope = 2 * stream.random()
         # By uniform draws: NumPy's are the same on every instruction set. A sum of many is as good as normal.
-        spectrum = np.fft.rfft(stream.random(len(waveform)) - 0.5)
-        spectrum *= np.maximum(np.fft.rfftfreq(len(waveform)), 1 / 320) ** (-slope / 2)
-        noise = np.fft.irfft(spectrum, len(waveform))
+        # A power of two is quickly transformed.
+        length = 1 << len(waveform).bit_length()
+        spectrum = np.fft.rfft(stream.random(length) - 0.5)
+        spectrum *= np.maximum(np.fft.rfftfreq(length), 1 / 320) ** (-slope / 2)
+        noise = np.fft.irfft(spectrum, length)[: len(waveform)]
         power = float(waveform.double().square().mean()) / 10 ** (ratio / 10)
         scaled = noise * np.sqrt(power / max(float(np.square(noise).mean()), 1e-30))
         return waveform + torch.from_numpy(scaled).to(waveform.dtype)
