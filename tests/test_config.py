@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from sonosco_mlflow.config import Config, decisive, flatten, settings_digest, settings_yaml, valid_keys
+from sonosco_mlflow.config import LATER, Config, decisive, flatten, settings_digest, settings_yaml, valid_keys
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.settings import plain_settings
 
@@ -181,6 +181,22 @@ def test_a_key_that_is_no_text_is_refused() -> None:
         plain_settings({"layers": {3: "x"}})
 
 
+def test_what_came_later_does_not_count_at_its_default() -> None:
+    """A run from before goes on: its recipe lacks these keys, and its checkpoints hold this digest."""
+    before = "4c1b19cc1ab2638d20dbe5232fa8d8c7012a8c3b400ed7926fe84e44b1113eb8"
+    assert settings_digest(decisive(Config().model_dump(mode="json"), is_recipe=True)) == before
+    later = resolve(training__precision="bfloat16", augment__speeds="[0.9, 1]").model_dump(mode="json")
+    assert decisive(later, is_recipe=True).items() >= {
+        ("training.precision", "bfloat16"),
+        ("augment.speeds", "[0.9, 1.0]"),
+    }
+
+
+def test_where_checkpoints_are_averaged_it_counts_which_there_are() -> None:
+    settings = resolve(training__average="best").model_dump(mode="json")
+    assert decisive(settings, is_recipe=True)["checkpoint.keep_best"] == 1
+
+
 # What a run may go on with otherwise and still end in the same bits, as far as it has come.
 FREE_KEYS = {
     *("data.source", "data.workers", "data.processes", "training.epochs", "tracking.experiment", "tracking.run_name"),
@@ -195,7 +211,8 @@ FREE_KEYS = {
 def test_every_key_decides_the_bits_but_those_that_only_decide_the_way() -> None:
     settings = Config().model_dump(mode="json")
     found = decisive(settings, is_recipe=True)
-    assert Config().flat().keys() - found.keys() == FREE_KEYS
+    at_default = {key for key in Config().flat() if any(f"{key}.".startswith(f"{name}.") for name in LATER)}
+    assert Config().flat().keys() - found.keys() == FREE_KEYS | at_default
     assert {"training.seed", "training.threads", "training.device", "data.corpus"} <= found.keys()
     # The prefix of a name is not the name.
     assert decisive({"training": {"epochs_of_rest": 1}, "checkpoints": 2}, is_recipe=True) == {

@@ -12,6 +12,7 @@ from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.evaluation import alignment_picture, compared_curves, learning_curves, mel_spectrogram
 from sonosco_mlflow.models.base import Hypothesis
 from sonosco_mlflow.text import CharacterTokenizer
+from sonosco_mlflow.word_pieces import WordPieceTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +63,11 @@ def test_a_transcript_is_shown_as_it_is_written(text: str) -> None:
     for weights in (torch.rand(steps, 7), torch.rand(9, tokenizer.vocabulary_size)):
         model = Decodes(tokens, weights)
         assert_drawn(*(alignment_picture(model, tokenizer, sample(text)) for _ in range(2)))
+
+
+def test_a_piece_that_is_a_space_alone_is_drawn_too() -> None:
+    tokenizer = WordPieceTokenizer(["▁", "A"], [-1.0, -1.0])
+    tokens = tokenizer.encode("A A")
+    for weights in (torch.rand(len(tokens), 7), torch.rand(9, tokenizer.vocabulary_size)):
+        model = Decodes(tokens, weights)
+        assert_drawn(*(alignment_picture(model, tokenizer, sample("A A")) for _ in range(2)))

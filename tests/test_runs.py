@@ -10,13 +10,15 @@ import pytest
 
 from project import make_project, run
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.runs import Outcome, evaluate, recognizer_of, report, run_of, train
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
+from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import download
-from toy import ALPHABET
+from toy import ALPHABET, change_a_sample
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 
@@ -28,7 +30,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_corpus(config, data)
-        make_manifests(data)
+        make_manifests(config, data)
         make_features(config, data)
     return folder
 
@@ -52,6 +54,56 @@ def test_a_run_leaves_what_dvc_keeps(project: Path, outcome: Outcome) -> None:
         rows = list(csv.DictReader(file))
     assert float(rows[-1]["train_loss"]) == logged["train_loss"]
     assert (results / "validations.csv").read_text().startswith("step,val_character_error_rate,val_loss,")
+
+
+@pytest.mark.parametrize("way", [{"training__ema_decay": "0.9"}, {"training__average": "last"}])
+def test_a_run_ends_with_averaged_weights_and_its_numbers_are_of_them(project: Path, way: dict[str, str]) -> None:
+    settings = {
+        "augment__speeds": "[0.9, 1.0, 1.1]",
+        "augment__noise_snr": "[10, 20]",
+        "schedule__reduction": "cosine",
+        "training__epochs": "3",
+        **way,
+    }
+    outcome = train(recipe(project, **settings), project, prepare=False)
+    assert outcome is not None
+    evaluate(outcome.run_id, project, prepare=False)
+    (again,) = mlflow.MlflowClient().search_runs(
+        ["0"], f"tags.`mlflow.parentRunId` = '{outcome.run_id}'", order_by=["attributes.start_time DESC"]
+    )
+    assert again.data.tags["sonosco.reproduced"] == "true"
+    kept = sorted(artifact.path for artifact in mlflow.MlflowClient().list_artifacts(outcome.run_id, "checkpoints"))
+    assert len(kept) >= 2
+
+
+def test_where_training_reads_recordings_the_lineage_has_them(project: Path) -> None:
+    folder = DataFolder(project / "data")
+    plain, before = DataLineage.of_folder(folder), DataLineage.of_folder(folder, recordings=True)
+    assert plain.contents.keys() | {"train recordings"} == before.contents.keys()
+    assert plain.digest != before.digest
+    train = Manifest.read(folder.manifest("train"))
+    path = train.audio_path(train[0])
+    content = path.read_bytes()
+    change_a_sample(path)
+    try:
+        assert DataLineage.of_folder(folder, recordings=True).digest != before.digest
+        # The features were made of it, and have not changed.
+        assert DataLineage.of_folder(folder).digest == plain.digest
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("augment__noise_snr", "[10]", r"augment\.noise_snr: found \[10\.0\], expected the lowest and the highest"),
+        ("augment__speeds", "[9]", r"augment\.speeds: found \[9\.0\], expected numbers from 0\.5 to 2"),
+        ("tokenizer__sampling", "0.1", r"tokenizer\.sampling: found 0\.1 beside tokenizer\.kind 'characters'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_any_data(key: str, value: str, message: str, project: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        train(recipe(project, **{key: value}), project, prepare=False)
 
 
 def test_the_report_says_what_a_person_wants_to_know(outcome: Outcome) -> None:

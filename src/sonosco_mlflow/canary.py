@@ -10,6 +10,7 @@ True
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from sonosco_mlflow.determinism import preserved_generators, random_stream
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def canary(device: str = "cpu") -> str:
+def canary(device: str = "cpu", precision: str = "float32") -> str:
     """Return the hexadecimal sha256 of the results of small passes on ``device``, under the settings in force.
+
+    With another ``precision``, ``bfloat16`` or ``float16``, they run under torch's autocast.
 
     Different digests prove that bits differ. Equal digests do not prove that training is equal: they are a necessary
     test, which catches changes of threads, instruction set and library versions. The digest depends neither on the
@@ -38,11 +41,13 @@ def canary(device: str = "cpu") -> str:
         *(_products, _reductions, _optimizer, _draws),
     )
     digest = hashlib.sha256()
+    kind = torch.device(device).type
+    computing = nullcontext() if precision == "float32" else torch.autocast(kind, getattr(torch, precision))
     # Leaving inference mode also switches gradients on, inside torch.no_grad too.
-    with preserved_generators(), torch.inference_mode(False):
+    with preserved_generators(), torch.inference_mode(False), computing:
         for run in passes:
             for result in run(torch.device(device)):
-                digest.update(result.detach().cpu().contiguous().numpy().tobytes())
+                digest.update(result.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ guessed: an unknown key, or a value of the wrong kind, is refused with the neare
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -30,7 +30,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # What decides how a run goes on, but not a single bit of where it ends; the data's content has digests of its own.
 # Names of keys, and of sections.
-NOT_DECISIVE = (
+NOT_DECISIVE: tuple[str, ...] = (
     "data.source",
     "data.workers",
     "data.processes",
@@ -38,6 +38,13 @@ NOT_DECISIVE = (
     "tracking",
     "training.epochs",
     "decoding",
+)
+
+# What came into the recipe later: at its default it leaves every result as it was, and does not count, so that a run
+# from before goes on. Names of keys, and of sections.
+LATER = (
+    *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
+    *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),
 )
 
 # `mlflow run -P model=tds` is short for the key that people set most.
@@ -75,6 +82,17 @@ class Features(Section):
     dtype: Literal["float32", "float16"] = "float32"
 
 
+class Tokenizer(Section):
+    """What texts are spelled in: ``characters``, or about ``size`` ``word_pieces`` of the training transcripts.
+
+    In training, each word is spelled with probability ``sampling`` by any of its ten likeliest segmentations.
+    """
+
+    kind: Literal["characters", "word_pieces"] = "characters"
+    size: Positive = 500
+    sampling: Share = 0.0
+
+
 class Model(Section):
     """Which model, of which size; ``settings`` changes single settings of the preset (``model.settings.dropout``)."""
 
@@ -84,13 +102,25 @@ class Model(Section):
 
 
 class Augment(Section):
-    """SpecAugment's masks, in frames and mel bands; 0 masks switch it off."""
+    """SpecAugment's masks, in frames and mel bands (0 masks switch it off), and what is done to recordings.
+
+    One of ``speeds`` is drawn for each utterance and epoch; noise of ``noise_snr``, lowest and highest in dB, is added
+    to ``noise_share`` of them. Empty lists switch these off; else the recordings are read instead of the features.
+    """
 
     time_masks: NotNegative = 2
     time_mask_frames: NotNegative = 20
     time_mask_share: Share = 0.15
     frequency_masks: NotNegative = 2
     frequency_mask_bands: NotNegative = 15
+    speeds: list[Rate] = Field(default_factory=list)
+    noise_snr: list[float] = Field(default_factory=list)
+    noise_share: Share = 0.5
+
+    @property
+    def reads_recordings(self) -> bool:
+        """Whether training reads the recordings instead of the stored features."""
+        return bool(self.speeds or self.noise_snr)
 
 
 class Optimizer(Section):
@@ -106,11 +136,12 @@ class Schedule(Section):
     """How the learning rate moves: warm-up in steps, then one kind of reduction, never below ``floor``.
 
     ``plateau`` reduces after ``patience`` validations without a better loss, ``stepwise`` every ``every_epochs``
-    epochs, ``scheduled`` at the listed ``epochs``, ``none`` not at all.
+    epochs, ``scheduled`` at the listed ``epochs``, ``inverse_square_root`` with each step after warm-up, ``cosine``
+    with each step until the last of ``training.epochs``, ``none`` not at all.
     """
 
     warmup_steps: NotNegative = 100
-    reduction: Literal["none", "plateau", "stepwise", "scheduled"] = "plateau"
+    reduction: Literal["none", "plateau", "stepwise", "scheduled", "inverse_square_root", "cosine"] = "plateau"
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     floor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
     patience: Positive = 2
@@ -119,7 +150,12 @@ class Schedule(Section):
 
 
 class Training(Section):
-    """The loop. ``accumulation`` batches make one optimizer step; ``soft_window_epochs`` is for the TDS model."""
+    """The loop. ``accumulation`` batches make one optimizer step; ``soft_window_epochs`` is for the TDS model.
+
+    ``precision`` is what forward passes compute in where the hardware has units for it. Validation and the final model
+    use the weights' exponential average with ``ema_decay``, and the final model the mean of the last or best
+    ``average_checkpoints`` with ``average``.
+    """
 
     epochs: Positive = 10
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -130,6 +166,10 @@ class Training(Section):
     soft_window_epochs: NotNegative = 2
     threads: Positive = 1
     device: str = "cpu"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    average: Literal["none", "last", "best"] = "none"
+    average_checkpoints: Positive = 5
 
 
 class Decoding(Section):
@@ -175,6 +215,7 @@ class Config(Section):
 
     data: Data = Field(default_factory=Data)
     features: Features = Field(default_factory=Features)
+    tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     model: Model = Field(default_factory=Model)
     augment: Augment = Field(default_factory=Augment)
     optimizer: Optimizer = Field(default_factory=Optimizer)
@@ -245,6 +286,7 @@ class Config(Section):
         return {
             "data": {"corpus": self.data.corpus, "source": self.data.source},
             "features": self.features.model_dump(mode="json"),
+            "tokenizer": self.tokenizer.model_dump(mode="json", include={"kind", "size"}),
         }
 
 
@@ -323,12 +365,26 @@ def _leaves(tree: Mapping[str, object], prefix: str) -> Iterator[tuple[str, Scal
 def decisive(settings: Mapping[str, object], *, is_recipe: bool) -> dict[str, Scalar]:
     """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`).
 
-    Of those that are no recipe, but a program's own, nobody here knows which these are: all of them are returned.
+    What came later (:data:`LATER`) and stands at its default is left out as well. Of settings that are no recipe, but a
+    program's own, nobody here knows which these are: all of them are returned.
     """
-    idle = NOT_DECISIVE if is_recipe else ()
+    flat = dict(flatten(settings))
+    if not is_recipe:
+        return flat
+    idle = NOT_DECISIVE
+    if flat.get("training.average", "none") != "none":
+        # Which checkpoints there are decides what their mean is.
+        idle = tuple(name for name in idle if name != "checkpoint")
+    defaults = Config().flat()
     return {
-        key: value for key, value in flatten(settings) if not any(f"{key}.".startswith(f"{name}.") for name in idle)
+        key: value
+        for key, value in flat.items()
+        if not _is_among(key, idle) and not (_is_among(key, LATER) and value == defaults.get(key))
     }
+
+
+def _is_among(key: str, names: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def _explain(key: str, details: Mapping[str, object]) -> str:

@@ -112,7 +112,8 @@ def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) 
     with torch.inference_mode():
         hypothesis = model.decode(collate([sample]).to(device))[0]
     model.train(mode)
-    labels = [tokenizer.decode([token]) or SpecialToken(token).name for token in range(tokenizer.vocabulary_size)]
+    special = {int(token): token.name for token in SpecialToken}
+    labels = [special.get(token) or tokenizer.decode([token]) for token in range(tokenizer.vocabulary_size)]
     steps = [tokenizer.decode([token]) for token in hypothesis.tokens]
     weights = hypothesis.alignment.cpu()
     if weights.shape[1] == tokenizer.vocabulary_size and weights.shape[0] != len(steps):

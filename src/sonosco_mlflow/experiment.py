@@ -35,6 +35,7 @@ from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.evaluation import with_intervals
 from sonosco_mlflow.reporting import log_results
+from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
 from sonosco_mlflow.serving.logging import trained_recognizer
@@ -48,7 +49,7 @@ from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
 from sonosco_mlflow.tracking.resumption import Resumption
 from sonosco_mlflow.tracking.segments import BRANCH
-from sonosco_mlflow.tracking.store import connect
+from sonosco_mlflow.tracking.store import connect, download
 from sonosco_mlflow.tracking.tags import FIRST_STEP, FOLDER, WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
@@ -247,6 +248,7 @@ class Experiment:
             self._checkpoint = _own(trainer, ModelCheckpoint) or ModelCheckpoint()
             self._checkpoint.serializer = self.serializer
             self._checkpoint.digests = digests
+            self._checkpoint.fetch = lambda name, folder: download(self.run.id, f"{CHECKPOINTS}/{name}", folder)
             if self._checkpoint not in trainer.callbacks:
                 # Last, so that what it saves is what the others decided.
                 trainer.callbacks.append(self._checkpoint)
@@ -395,7 +397,8 @@ class Experiment:
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
         shown = (self.history, self.test, self._test_loader, self._registered_model, self._search)
-        log_results(self.run, trainer, *shown)
+        with trainer.evaluated_weights():
+            log_results(self.run, trainer, *shown)
 
     def _required_trainer(self) -> ModelTrainer:
         if self._trainer is None:

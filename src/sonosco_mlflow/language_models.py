@@ -11,9 +11,10 @@ from sonosco_mlflow.decoding.kneser_ney import train_ngrams
 from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.decoding.symbols import digest_comment, token_symbols
 from sonosco_mlflow.recipe import build_search
-from sonosco_mlflow.text import CharacterTokenizer, SpecialToken, Tokenizer
+from sonosco_mlflow.text import SpecialToken, Tokenizer
 from sonosco_mlflow.tracking.language_model import require_language_model
 from sonosco_mlflow.tracking.segments import Segment
+from sonosco_mlflow.vocabulary import read_tokenizer
 
 Unit = Literal["tokens", "words"]
 
@@ -38,7 +39,7 @@ def train_language_model(folder: DataFolder, unit: Unit, order: int, path: Path)
         numbers = {word: number for number, word in enumerate(words)}
         ngrams = train_ngrams([[numbers[word] for word in text.split()] for text in texts], words, order)
     else:
-        tokenizer = CharacterTokenizer.read(folder.vocabulary)
+        tokenizer = read_tokenizer(folder.vocabulary)
         sentences = [[token - len(SpecialToken) for token in tokenizer.encode(text)] for text in texts]
         ngrams = train_ngrams(sentences, token_symbols(tokenizer), order)
         comments.append(digest_comment(tokenizer))

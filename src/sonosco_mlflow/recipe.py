@@ -7,7 +7,7 @@ import torch
 
 from sonosco_mlflow import metrics
 from sonosco_mlflow.config import Augment, Config, Decoding, Optimizer, Schedule
-from sonosco_mlflow.data.augment import SpecAugment
+from sonosco_mlflow.data.augment import Noise, SpecAugment, SpeedPerturbation, WaveformAugmentation
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
 from sonosco_mlflow.data.loader import AudioDataLoader
@@ -19,11 +19,16 @@ from sonosco_mlflow.decoding.words import WordLanguageModel
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models import build_model, model_settings
 from sonosco_mlflow.models.base import SpeechModel
-from sonosco_mlflow.text import CharacterTokenizer, Tokenizer
+from sonosco_mlflow.text import Tokenizer
 from sonosco_mlflow.training.callbacks import (
     Callback,
+    CheckpointAverage,
+    CosineDecay,
     EarlyStopping,
+    ExponentialAverage,
+    InverseSquareRootDecay,
     LinearWarmUp,
+    ModelCheckpoint,
     PlateauLearningRateReduction,
     ScheduledLearningRateReduction,
     SoftWindow,
@@ -31,6 +36,7 @@ from sonosco_mlflow.training.callbacks import (
     TextComparison,
 )
 from sonosco_mlflow.training.trainer import ModelTrainer
+from sonosco_mlflow.vocabulary import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,23 @@ def check_recipe(config: Config) -> dict[str, object]:
     """Return all settings of the recipe's model, after trying what can be tried without data.
 
     Raises:
-        UserError: the model, its settings, the features or the device cannot be; the message names the key.
+        UserError: the model, its settings, the features, the device, an augmentation, the sampling or the averaging
+            cannot be; the message names the key.
     """
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
     _check_device(config.training.device)
+    _waveform_augmentations(config.augment)
+    if config.tokenizer.sampling and config.tokenizer.kind == "characters":
+        raise UserError(
+            f"tokenizer.sampling: found {config.tokenizer.sampling} beside tokenizer.kind 'characters', which spell a "
+            "word in one way; expected 0, or tokenizer.kind 'word_pieces'"
+        )
+    if config.training.ema_decay is not None and config.training.average != "none":
+        raise UserError(
+            f"training.ema_decay: found {config.training.ema_decay} beside training.average "
+            f"'{config.training.average}'; expected one of the two: set the other to null or none"
+        )
     # The vocabulary is not known yet; on the meta device its size costs nothing, and no generator is drawn from.
     with torch.device("meta"):
         build_model(config.model.name, config.model.preset, config.features.n_mels, 32, config.model.settings)
@@ -85,10 +103,12 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
     dataset = AudioDataset(
         Manifest.read(folder.manifest(split)),
         make_processor(config.features),
-        CharacterTokenizer.read(folder.vocabulary),
+        read_tokenizer(folder.vocabulary),
         store=FeatureStore(folder.store(split)),
         statistics=FeatureStatistics.read(folder.statistics),
         augmentation=_augmentation(config.augment) if training else None,
+        waveform_augmentations=_waveform_augmentations(config.augment) if training else (),
+        word_sampling=config.tokenizer.sampling if training else 0.0,
         seed=config.training.seed,
     )
     return AudioDataLoader(
@@ -123,6 +143,7 @@ def build_trainer(config: Config, loaders: Loaders) -> ModelTrainer:
         gradient_clip=config.training.gradient_clip,
         validate_every_steps=config.training.validate_every_steps,
         device=config.training.device,
+        precision=config.training.precision,
     )
 
 
@@ -143,10 +164,32 @@ def build_search(decoding: Decoding, tokenizer: Tokenizer, file: Path | None, n_
     return Search(**settings, n_best=n_best, language_model=None if file is None else kind.read(file, tokenizer))
 
 
+def build_checkpoints(config: Config) -> ModelCheckpoint:
+    """Return what keeps a recipe's checkpoints: as many as it asks for, and at least those that are averaged."""
+    options = config.checkpoint.model_dump()
+    if config.training.average != "none":
+        option = f"keep_{config.training.average}"
+        options[option] = max(options[option], config.training.average_checkpoints)
+    return ModelCheckpoint(**options)
+
+
 def _augmentation(augment: Augment) -> SpecAugment | None:
     if augment.time_masks == 0 and augment.frequency_masks == 0:
         return None
-    return SpecAugment(**augment.model_dump())
+    masks = {"time_masks", "time_mask_frames", "time_mask_share", "frequency_masks", "frequency_mask_bands"}
+    return SpecAugment(**augment.model_dump(include=masks))
+
+
+def _waveform_augmentations(augment: Augment) -> list[WaveformAugmentation]:
+    found: list[WaveformAugmentation] = []
+    if augment.speeds:
+        found.append(SpeedPerturbation(augment.speeds))
+    if augment.noise_snr:
+        if len(augment.noise_snr) != 2:
+            raise UserError(f"augment.noise_snr: found {augment.noise_snr}, expected the lowest and the highest, in dB")
+        lowest, highest = augment.noise_snr
+        found.append(Noise(lowest, highest, augment.noise_share))
+    return found
 
 
 def _optimizer(recipe: Optimizer, model: SpeechModel) -> torch.optim.Optimizer:
@@ -167,6 +210,10 @@ def _callbacks(config: Config, model: SpeechModel) -> list[Callback]:
     callbacks += _reduction(config.schedule)
     if hasattr(model, "soft_window"):
         callbacks.append(SoftWindow(config.training.soft_window_epochs))
+    if config.training.ema_decay is not None:
+        callbacks.append(ExponentialAverage(config.training.ema_decay))
+    if config.training.average != "none":
+        callbacks.append(CheckpointAverage(config.training.average, config.training.average_checkpoints))
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(config.training.early_stopping_patience))
     return callbacks
@@ -180,5 +227,9 @@ def _reduction(schedule: Schedule) -> list[Callback]:
             return [StepwiseLearningRateReduction(schedule.every_epochs, schedule.factor, schedule.floor)]
         case "scheduled":
             return [ScheduledLearningRateReduction(schedule.epochs, schedule.factor, schedule.floor)]
+        case "inverse_square_root":
+            return [InverseSquareRootDecay(schedule.warmup_steps, schedule.floor)]
+        case "cosine":
+            return [CosineDecay(schedule.warmup_steps, schedule.floor)]
         case "none":
             return []

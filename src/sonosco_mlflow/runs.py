@@ -25,7 +25,7 @@ from sonosco_mlflow.evaluation import (
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.language_models import search_of
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
-from sonosco_mlflow.recipe import build_loader, build_loaders, build_trainer, check_recipe
+from sonosco_mlflow.recipe import build_checkpoints, build_loader, build_loaders, build_trainer, check_recipe
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.tracking.changes import lineage_changes, listed
@@ -42,7 +42,6 @@ from sonosco_mlflow.tracking.segments import Segment, newest_segment
 from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
 from sonosco_mlflow.training.callbacks.interrupt_at import InterruptAt
-from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
 from sonosco_mlflow.training.validation import evaluate as evaluate_model
 
@@ -163,9 +162,9 @@ def _train(
     trainer.attach(ProgressBar())
     if until_step is not None:
         trainer.attach(InterruptAt(until_step))
-    trainer.callbacks.append(ModelCheckpoint(**config.checkpoint.model_dump()))
+    trainer.callbacks.append(build_checkpoints(config))
     registered = f"speech-{config.data.corpus}" if config.tracking.registered else None
-    lineage = DataLineage.of_folder(folder)
+    lineage = DataLineage.of_folder(folder, recordings=config.augment.reads_recordings)
     experiment.setup_model_trainer(
         trainer, test_loader=loaders.test, lineage=lineage, registered_model=registered, search=search
     )
@@ -193,7 +192,7 @@ def _train(
 def _unfinished(config: Config, project: Path) -> str | None:
     connect(project)
     determinism.configure(config.training.threads)
-    lineage = DataLineage.of_folder(ready_data(config, project))
+    lineage = DataLineage.of_folder(ready_data(config, project), recordings=config.augment.reads_recordings)
     return find_unfinished(config.tracking.experiment, Origin.take(config, project), lineage.digest)
 
 
@@ -224,7 +223,7 @@ def bring_data(config: Config, project: Path) -> DataLineage:
     """Bring the data of a recipe up to date, and say so on a run in MLflow."""
     connect(project)
     with TrackedRun.open(config.tracking.experiment, "data", f"data-{config.data.corpus}") as run:
-        lineage = DataLineage.of_folder(prepare_data(config, project))
+        lineage = DataLineage.of_folder(prepare_data(config, project), recordings=config.augment.reads_recordings)
         run.set_tags(lineage.tags())
         run.log_text(config.to_yaml(), "config/params.yaml")
         lineage.log(run)
@@ -272,7 +271,7 @@ def evaluate(
             config = _decoded_otherwise(recorded_recipe, overrides or {})
             determinism.configure(config.training.threads)
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
-            lineage = DataLineage.of_folder(folder)
+            lineage = DataLineage.of_folder(folder, recordings=config.augment.reads_recordings)
             _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
             recognizer = load_recognizer(run_id, Path(scratch))
             loader = build_loader(config, folder, split)

@@ -10,6 +10,7 @@ stand for the CTC blank, the padding or the start or end of a sentence.
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -50,7 +51,40 @@ class Tokenizer(Protocol):
         ...
 
 
-class CharacterTokenizer:
+class Vocabulary(ABC):
+    """A tokenizer that a file can hold (:mod:`sonosco_mlflow.vocabulary` reads it)."""
+
+    @property
+    @abstractmethod
+    def vocabulary_size(self) -> int:
+        """Number of ids, the special ones included."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, without start or end of sentence."""
+
+    @abstractmethod
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of ``tokens``; special tokens stand for nothing."""
+
+    @abstractmethod
+    def document(self) -> dict[str, object]:
+        """Return all that encoding depends on, as JSON has it."""
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 of the vocabulary."""
+        return hashlib.sha256(self._canonical().encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write the vocabulary as JSON."""
+        path.write_text(self._canonical() + "\n", encoding="utf-8")
+
+    def _canonical(self) -> str:
+        return json.dumps(self.document(), ensure_ascii=False)
+
+
+class CharacterTokenizer(Vocabulary):
     """One token a character.
 
     Args:
@@ -68,36 +102,10 @@ class CharacterTokenizer:
         """Build the tokenizer of all characters that occur in ``texts``, in code point order."""
         return cls(sorted({character for text in texts for character in text}))
 
-    @classmethod
-    def read(cls, path: Path) -> "CharacterTokenizer":
-        """Read a vocabulary written by :meth:`write`.
-
-        Raises:
-            UserError: the file is missing or is no vocabulary.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(content["alphabet"])
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: no such vocabulary; `dvc repro manifests` makes it") from error
-        except (ValueError, KeyError, TypeError, UserError) as error:
-            raise UserError(
-                f'{path}: not a vocabulary ({error}); expected {{"tokenizer": "characters", "alphabet": [...]}}'
-            ) from error
-
-    def write(self, path: Path) -> None:
-        """Write the vocabulary as JSON."""
-        path.write_text(self._canonical() + "\n", encoding="utf-8")
-
     @property
     def vocabulary_size(self) -> int:
         """Number of ids, the special ones included."""
         return len(SpecialToken) + len(self.alphabet)
-
-    @property
-    def digest(self) -> str:
-        """Hexadecimal sha256 of the vocabulary."""
-        return hashlib.sha256(self._canonical().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Return one id a character; a character outside the alphabet becomes ``SpecialToken.UNKNOWN``."""
@@ -108,5 +116,6 @@ class CharacterTokenizer:
         first = len(SpecialToken)
         return "".join(self.alphabet[token - first] for token in tokens if token >= first)
 
-    def _canonical(self) -> str:
-        return json.dumps({"tokenizer": "characters", "alphabet": list(self.alphabet)}, ensure_ascii=False)
+    def document(self) -> dict[str, object]:
+        """Return the vocabulary as JSON has it."""
+        return {"tokenizer": "characters", "alphabet": list(self.alphabet)}

@@ -10,12 +10,13 @@ import psutil
 import pytest
 import torch
 
-from sonosco_mlflow.data.dataset import Sample
+from sonosco_mlflow.data.augment import Noise, SpeedPerturbation
+from sonosco_mlflow.data.dataset import AudioDataset, Sample
 from sonosco_mlflow.data.features import extract_features
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch, collate
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.text import SpecialToken
-from toy import PROCESSOR, tone_loader
+from toy import PROCESSOR, TOKENIZER, tone_loader
 
 PATIENCE = 60.0
 
@@ -36,6 +37,29 @@ def test_any_number_of_workers_gives_the_same_batches(tone_manifest: Manifest, t
     }
     assert digests[0] == digests[1] == digests[2]
     assert digests[0][0] != digests[0][1]
+
+
+def moving_loader(manifest: Manifest, workers: int = 0, seed: int = 0) -> AudioDataLoader:
+    """A loader whose utterances have other lengths in each epoch."""
+    changes = (SpeedPerturbation([0.5, 1.0, 2.0]), Noise())
+    dataset = AudioDataset(manifest, PROCESSOR, TOKENIZER, waveform_augmentations=changes, seed=seed)
+    return AudioDataLoader(dataset, frames_per_batch=120, seed=seed, workers=workers)
+
+
+def test_batches_are_planned_by_the_lengths_of_their_epoch(tone_manifest: Manifest) -> None:
+    loader = moving_loader(tone_manifest)
+    for epoch in (0, 3):
+        batches = list(loader.epoch(epoch))
+        assert len(batches) == loader.batches_in(epoch)
+        assert sorted(name for batch in batches for name in batch.ids) == sorted(item.id for item in tone_manifest)
+        assert all(batch.features[..., 0].numel() <= 120 or len(batch) == 1 for batch in batches)
+        later = list(map(digest, loader.epoch(epoch, start=3)))
+        assert later == list(map(digest, batches))[3:]
+        assert list(map(digest, moving_loader(tone_manifest, workers=2).epoch(epoch))) == list(map(digest, batches))
+    # Were they planned by the recordings, a batch of slowed ones would be larger than is allowed.
+    frames = loader.dataset.frames_in(0)
+    planned = loader.plan.batches(0)
+    assert any(len(batch) > 1 and len(batch) * max(frames[position] for position in batch) > 120 for batch in planned)
 
 
 def test_workers_read_a_store_alike(tone_manifest: Manifest, tmp_path: Path) -> None:

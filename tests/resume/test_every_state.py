@@ -13,24 +13,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rich_trainer import MODELS, maker, training_loader
+from rich_trainer import MODELS, TINY, LossGuidedRate, maker, rich_trainer, training_loader
 from sonosco_mlflow import testing
+from sonosco_mlflow.data.augment import Noise, SpecAugment, SpeedPerturbation
+from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.determinism import generator_states
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.models import build_model
 from sonosco_mlflow.serialization.state import json_bytes, split_tree, tensor_bytes
 from sonosco_mlflow.testing import MakeTrainer, assert_exact_resume
+from sonosco_mlflow.training import precision
 from sonosco_mlflow.training.callbacks import (
     Callback,
+    CosineDecay,
     EarlyStopping,
+    ExponentialAverage,
+    InverseSquareRootDecay,
+    LinearWarmUp,
     ModelCheckpoint,
     ScheduledLearningRateReduction,
     StepwiseLearningRateReduction,
+    TeacherForcedTextComparison,
 )
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
-from toy import ToyModel, ToyOutput
+from sonosco_mlflow.word_pieces import WordPieceTokenizer
+from toy import PROCESSOR, ToyModel, ToyOutput
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.05),
@@ -91,6 +101,55 @@ def test_a_training_that_saves_checkpoints(tone_manifest: Manifest, tmp_path: Pa
         return [EarlyStopping(patience=4), ModelCheckpoint(tmp_path, every_steps=3)]
 
     assert_exact_resume(maker(tone_manifest, callbacks=callbacks), every=3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_average_of_the_weights(tone_manifest: Manifest, name: str) -> None:
+    def callbacks(model: nn.Module) -> list[Callback]:
+        return [ExponentialAverage(0.6), TeacherForcedTextComparison(2), LossGuidedRate()]
+
+    assert_exact_resume(maker(tone_manifest, name, callbacks=callbacks))
+
+
+def test_other_recordings_and_other_spellings_in_each_epoch(tone_manifest: Manifest) -> None:
+    pieces = WordPieceTokenizer(["▁", *"ABCDE", "AB", "BC", "CD", "DE", "EA"], [-3.0] * 6 + [-5.0] * 5)
+    changes = (SpeedPerturbation(), Noise(10, 20))
+
+    def train_loader(model: nn.Module) -> AudioDataLoader:
+        dataset = AudioDataset(
+            *(tone_manifest[:14], PROCESSOR, pieces),
+            augmentation=SpecAugment(1, 5, 0.3, 1, 2),
+            waveform_augmentations=changes,
+            word_sampling=0.5,
+        )
+        return AudioDataLoader(dataset, frames_per_batch=160, seed=0)
+
+    def model() -> nn.Module:
+        return build_model("tds", "small", n_mels=8, vocabulary_size=pieces.vocabulary_size, settings=TINY["tds"])
+
+    def val_loader() -> AudioDataLoader:
+        return AudioDataLoader(AudioDataset(tone_manifest[14:], PROCESSOR, pieces), frames_per_batch=160)
+
+    def make_trainer() -> ModelTrainer:
+        torch.manual_seed(7)
+        made = model()
+        return rich_trainer(tone_manifest, made, train_loader=train_loader(made), val_loader=val_loader())
+
+    assert assert_exact_resume(make_trainer) == micro_steps(make_trainer) + 1
+
+
+def test_schedules_that_follow_the_steps(tone_manifest: Manifest) -> None:
+    for decay in (InverseSquareRootDecay(2), CosineDecay(1, floor=1e-3)):
+        assert_exact_resume(maker(tone_manifest, callbacks=lambda model, decay=decay: [LinearWarmUp(2), decay]))
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_sixteen_bits(tone_manifest: Manifest, name: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wanted == "float16" and name != "toy" and not precision.has_units(wanted, torch.device("cpu")):
+        pytest.skip("this processor has no units for recurrent layers in float16")
+    monkeypatch.setattr(precision, "has_units", lambda wanted, device: True)
+    assert_exact_resume(maker(tone_manifest, name, precision=wanted))
 
 
 def test_another_number_of_workers(tone_manifest: Manifest) -> None:

@@ -33,6 +33,7 @@ FLAGS = {
     "environment": "--allow-environment-change",
     "threads": "--allow-numerics-change",
     "canary": "--allow-numerics-change",
+    "precision": "--allow-numerics-change",
 }
 ENVIRONMENT = Environment(
     "numpy==2.0.0\ntorch==2.11.0\n",

@@ -10,9 +10,12 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import lock_text, make_private, prepare_data, ready_data, remotes, stage_outputs
 from sonosco_mlflow.tracking.restoration import restore_data
+from sonosco_mlflow.vocabulary import read_tokenizer
+from sonosco_mlflow.word_pieces import WordPieceTokenizer
 from toy import change_a_sample
 
 OUTPUTS = {"data/corpus", "data/manifests", "data/features"}
@@ -52,6 +55,20 @@ def test_another_recipe_leaves_the_project_as_it_is(project: Path, own: DataFold
     assert stage_outputs(other)["data/manifests"] == stage_outputs(own)["data/manifests"]
     assert stage_outputs(other)["data/features"] != stage_outputs(own)["data/features"]
     assert DataLineage.of_folder(other).digest != DataLineage.of_folder(own).digest
+
+
+def test_word_pieces_are_a_vocabulary_of_their_own(project: Path, own: DataFolder) -> None:
+    other = prepare_data(recipe(project, tokenizer__kind="word_pieces", tokenizer__size="12"), project)
+    assert isinstance(read_tokenizer(own.vocabulary), CharacterTokenizer)
+    pieces = read_tokenizer(other.vocabulary)
+    assert isinstance(pieces, WordPieceTokenizer)
+    assert 6 < len(pieces.pieces) <= 12
+    assert stage_outputs(other)["data/corpus"] == stage_outputs(own)["data/corpus"]
+    assert stage_outputs(other)["data/features"] == stage_outputs(own)["data/features"]
+    assert DataLineage.of_folder(other).vocabulary == pieces.digest
+    # How they are drawn in training makes no other data.
+    sampled = recipe(project, tokenizer__kind="word_pieces", tokenizer__size="12", tokenizer__sampling="0.1")
+    assert ready_data(sampled, project) == other
 
 
 def test_what_does_not_touch_the_data_shares_it(project: Path, own: DataFolder) -> None:

@@ -21,9 +21,11 @@ from sonosco_mlflow.serialization.state import split_tree, tensor_bytes
 from sonosco_mlflow.training import callbacks as package
 from sonosco_mlflow.training.callbacks import (
     Callback,
+    CosineDecay,
     EarlyStopping,
     EpochTimeEstimate,
     History,
+    InverseSquareRootDecay,
     LayerGradientNorms,
     LinearWarmUp,
     PlateauLearningRateReduction,
@@ -152,6 +154,39 @@ def test_plateau_reduction_starts_its_patience_anew() -> None:
         callback.on_validation_end(standing(), validation(loss=loss))
         factors.append(callback.learning_rate_factor(standing()))
     assert factors == pytest.approx([1, 1, 0.5, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3])
+
+
+def test_the_inverse_square_root_falls_from_the_end_of_warm_up() -> None:
+    callbacks = [LinearWarmUp(steps=4), InverseSquareRootDecay(warmup_steps=4, floor=0.02)]
+    # Vaswani et al. 2017, equation 3, with its maximum as the base.
+    for step in (1, 2, 4, 5, 9, 16, 64):
+        factor = math.prod(callback.learning_rate_factor(standing(step=step - 1)) for callback in callbacks)
+        assert factor == pytest.approx(min(step**-0.5, step * 4**-1.5) * 4**0.5)
+    assert callbacks[1].learning_rate_factor(standing(step=10**6)) == pytest.approx(0.2)
+    assert InverseSquareRootDecay(warmup_steps=0).learning_rate_factor(standing(step=3)) == 0.5
+
+
+def test_the_cosine_goes_from_the_base_to_the_floor_over_the_steps_of_all_epochs(tone_manifest: Manifest) -> None:
+    history = History()
+    model = ToyModel()
+    trainer = ModelTrainer(
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        train_loader=tone_loader(tone_manifest[:10], frames_per_batch=100),
+        callbacks=[CosineDecay(warmup_steps=2, floor=0.02), history],
+        epochs=3,
+        accumulation=2,
+    )
+    trainer.start_training()
+    total = trainer.progress.step
+    rates = history.curve("learning_rate")[1]
+    assert len(rates) == total > 5
+    shares = [max(0, step - 2) / (total - 2) for step in range(total)]
+    assert rates == pytest.approx([0.02 + 0.08 * (1 + math.cos(math.pi * share)) / 2 for share in shares])
+    # Where a callback has trained beyond it, the floor stays.
+    trainer.progress.step = total + 5
+    assert CosineDecay(floor=0.02).learning_rate_factor(trainer) == pytest.approx(0.2)
+    assert CosineDecay.follows_total_epochs
 
 
 def test_a_floor_above_the_base_rate_raises_nothing() -> None:
@@ -370,6 +405,10 @@ def test_every_callback_is_exported_and_can_be_written_down_and_built_again() ->
         "StepwiseLearningRateReduction": {"every_epochs": 2},
         "ScheduledLearningRateReduction": {"epochs": [1, 2]},
         "LinearWarmUp": {"steps": 10},
+        "InverseSquareRootDecay": {"warmup_steps": 10},
+        "CosineDecay": {"warmup_steps": 10, "floor": 0.1},
+        "ExponentialAverage": {"decay": 0.9},
+        "CheckpointAverage": {"which": "best", "count": 3},
         "SoftWindow": {"epochs": 1},
         "ModelCheckpoint": {"every_steps": 5, "every_epochs": None, "keep_every_steps": 10},
     }

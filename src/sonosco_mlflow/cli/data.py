@@ -50,8 +50,7 @@ def manifest(
     """Write the manifests and the vocabulary of the corpus."""
     from sonosco_mlflow.data.stages import DataFolder, make_manifests
 
-    read_recipe(context, settings, params)
-    make_manifests(DataFolder(into))
+    make_manifests(read_recipe(context, settings, params), DataFolder(into))
 
 
 @app.command(context_settings=RECIPE_KEYS)

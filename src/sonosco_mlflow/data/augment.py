@@ -1,14 +1,20 @@
-"""SpecAugment on features, with its random stream as an argument.
+"""SpecAugment on features, speed and noise on recordings, each with its random stream as an argument.
 
-An augmentation is a pure function of (features, stream). The dataset makes the stream for (seed, epoch, utterance),
-so that an utterance is augmented alike whichever worker loads it and whatever was loaded before.
+An augmentation is a pure function of (features, stream), or of (waveform, stream). The dataset makes the stream for
+(seed, epoch, utterance), so that an utterance is augmented alike whichever worker loads it and whatever was loaded
+before.
 """
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from sonosco_mlflow.data.processor import resampled, resampled_length
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import serializable
 
 
@@ -17,6 +23,18 @@ class Augmentation(Protocol):
 
     def __call__(self, features: Tensor, stream: np.random.Generator) -> Tensor:
         """Return changed features ``[frames, n_mels]``, drawing from ``stream`` alone; the input is left as it is."""
+        ...
+
+
+class WaveformAugmentation(Protocol):
+    """A random change of a recording."""
+
+    def samples(self, samples: int, stream: np.random.Generator) -> int:
+        """Return how many samples become of so many, by a stream that is equal to the one of the change itself."""
+        ...
+
+    def __call__(self, waveform: Tensor, stream: np.random.Generator) -> Tensor:
+        """Return a changed waveform ``[samples]``, drawing from ``stream`` alone; the input is left as it is."""
         ...
 
 
@@ -67,3 +85,79 @@ class SpecAugment:
             start = _uniform_integer(stream, frames - width)
             features[start : start + width] = 0.0
         return features
+
+
+@serializable
+class SpeedPerturbation:
+    """Plays a recording at one of several speeds, pitch and all (Ko et al. 2015, "Audio augmentation").
+
+    Args:
+        speeds: one of them is drawn, each alike; at 1.1 a recording is 1.1 times as fast, and shorter.
+
+    Raises:
+        UserError: there is none, or one is out of its range.
+    """
+
+    def __init__(self, speeds: Sequence[float] = (0.9, 1.0, 1.1)) -> None:
+        if not speeds or not all(0.5 <= speed <= 2 for speed in speeds):
+            raise UserError(
+                f"augment.speeds: found {list(speeds)}, expected numbers from 0.5 to 2, such as [0.9, 1.0, 1.1]"
+            )
+        self.speeds = list(speeds)
+
+    def samples(self, samples: int, stream: np.random.Generator) -> int:
+        """Return how long a recording of so many samples becomes."""
+        return resampled_length(samples, *self._rates(stream))
+
+    def __call__(self, waveform: Tensor, stream: np.random.Generator) -> Tensor:
+        """Return ``waveform`` ``[samples]`` at the speed that ``stream`` draws."""
+        return resampled(waveform, *self._rates(stream))
+
+    def _rates(self, stream: np.random.Generator) -> tuple[int, int]:
+        speed = self.speeds[_uniform_integer(stream, len(self.speeds) - 1)]
+        # As it is written: 0.9 is 9/10.
+        return Fraction(str(speed)).as_integer_ratio()
+
+
+@serializable
+class Noise:
+    """Adds noise at a random ratio of signal to noise, between white and brown.
+
+    Its power falls as a power of the frequency, drawn between 0 (white) and 2 (brown), and is level below 1/320 of the
+    sample rate (50 Hz at 16 kHz), where there is nothing to hear.
+
+    Args:
+        lowest: ratio of the powers of signal and noise over the whole recording, in dB.
+        highest: the ratio is drawn between the two, each alike.
+        share: probability that there is noise at all.
+
+    Raises:
+        UserError: ``lowest`` is above ``highest``.
+    """
+
+    def __init__(self, lowest: float = 10.0, highest: float = 30.0, share: float = 0.5) -> None:
+        if not lowest <= highest:
+            raise UserError(f"augment.noise_snr: found {[lowest, highest]}, expected the lower ratio first")
+        self.lowest = lowest
+        self.highest = highest
+        self.share = share
+
+    def samples(self, samples: int, stream: np.random.Generator) -> int:
+        """Return the number of samples as it is."""
+        return samples
+
+    def __call__(self, waveform: Tensor, stream: np.random.Generator) -> Tensor:
+        """Return ``waveform`` ``[samples]`` with noise drawn from ``stream``."""
+        if stream.random() >= self.share:
+            return waveform
+        ratio = self.lowest + (self.highest - self.lowest) * stream.random()
+        slope = 2 * stream.random()
+        # By uniform draws: NumPy's are the same on every instruction set. A sum of many is as good as normal.
+        # A power of two is quickly transformed.
+        length = 1 << len(waveform).bit_length()
+        spectrum = np.fft.rfft(stream.random(length) - 0.5)
+        spectrum *= np.maximum(np.fft.rfftfreq(length), 1 / 320) ** (-slope / 2)
+        noise = np.fft.irfft(spectrum, length)[: len(waveform)]
+        power = float(waveform.double().square().mean()) / 10 ** (ratio / 10)
+        scaled = noise * np.sqrt(power / max(float(np.square(noise).mean()), 1e-30))
+        return waveform + torch.from_numpy(scaled).to(waveform.dtype)

@@ -9,6 +9,7 @@ carried from one batch or epoch to the next: batch 400 of epoch 7 is known witho
 [[0, 3], [1, 2]]
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -55,6 +56,12 @@ class BatchPlan:
         order = ["sorta_grad"] if self.sorta_grad else []
         settings = json.dumps([self.frames_per_batch, self.seed, self.jitter, *order]).encode()
         return hashlib.sha256(settings + self.frames.astype("<i8").tobytes()).hexdigest()
+
+    def with_frames(self, frames: Sequence[int]) -> "BatchPlan":
+        """Return the same plan for utterances of other lengths: an augmentation may change them in an epoch."""
+        plan = copy.copy(self)
+        plan.frames = np.asarray(frames, dtype=np.int64)
+        return plan
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Return the batches of ``epoch``, each a list of positions in the manifest, every position once."""

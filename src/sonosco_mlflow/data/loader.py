@@ -156,13 +156,13 @@ class AudioDataLoader:
 
     def batches_in(self, epoch: int) -> int:
         """Return the number of batches of ``epoch``."""
-        return len(self.plan.batches(epoch))
+        return len(self._batches(epoch))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from number ``start`` on."""
         loader = DataLoader(
             _Epoch(self.dataset, epoch),
-            batch_sampler=self.plan.batches(epoch)[start:],
+            batch_sampler=self._batches(epoch)[start:],
             collate_fn=collate,
             num_workers=self.workers,
             worker_init_fn=_leave_signals_to_main,
@@ -173,6 +173,11 @@ class AudioDataLoader:
         with _signals_held_back():
             batches = iter(loader)
         yield from batches
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        frames = self.dataset.frames_in(epoch)
+        plan = self.plan if frames is self.dataset.frames else self.plan.with_frames(frames)
+        return plan.batches(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)

@@ -26,6 +26,20 @@ WINDOWS: Mapping[str, Callable[[int], Tensor]] = {
 }
 
 
+def resampled_length(samples: int, rate: int, new_rate: int) -> int:
+    """Return how many samples :func:`resampled` gives of so many: ``ceil(samples * new_rate / rate)``."""
+    return -(-samples * new_rate // rate)
+
+
+def resampled(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Return ``waveform`` ``[samples]`` of one rate at another."""
+    if rate == new_rate:
+        return waveform
+    found = torchaudio.functional.resample(waveform, rate, new_rate)
+    # torchaudio counts in single precision, which long recordings are beyond.
+    return torch.nn.functional.pad(found, (0, resampled_length(len(waveform), rate, new_rate) - len(found)))
+
+
 def read_audio(path: Path, sample_rate: int) -> Tensor:
     """Return the samples of a sound file as float32 ``[samples]`` in [-1, 1] at ``sample_rate`` Hz, mixed to mono.
 
@@ -38,10 +52,7 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from error
-    waveform = torch.from_numpy(samples).mean(dim=1)
-    if rate != sample_rate:
-        waveform = torchaudio.functional.resample(waveform, rate, sample_rate)
-    return waveform
+    return resampled(torch.from_numpy(samples).mean(dim=1), rate, sample_rate)
 
 
 @serializable

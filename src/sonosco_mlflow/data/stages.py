@@ -20,7 +20,7 @@ from sonosco_mlflow.data.corpora import bring_corpus
 from sonosco_mlflow.data.corpora.base import SPLITS
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.text import CharacterTokenizer
+from sonosco_mlflow.vocabulary import make_tokenizer
 
 if TYPE_CHECKING:
     from sonosco_mlflow.data.processor import AudioDataProcessor
@@ -83,11 +83,11 @@ def make_corpus(config: Config, folder: DataFolder, progress: Progress = _silent
     )
 
 
-def make_manifests(folder: DataFolder) -> None:
+def make_manifests(config: Config, folder: DataFolder) -> None:
     """Write the manifests of ``folder.corpus``, and the vocabulary of the training transcripts.
 
     Raises:
-        UserError: a split is empty.
+        UserError: a split is empty, or there are more characters than there may be word pieces.
     """
     folder.manifests.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
@@ -96,7 +96,8 @@ def make_manifests(folder: DataFolder) -> None:
             raise UserError(f"{folder.corpus / split}.jsonl: the split has no utterances; all of {SPLITS} are needed")
         manifest.write(folder.manifest(split))
     train = Manifest.read(folder.manifest("train"))
-    CharacterTokenizer.of(utterance.text for utterance in train).write(folder.vocabulary)
+    texts = (utterance.text for utterance in train)
+    make_tokenizer(config.tokenizer.kind, config.tokenizer.size, texts).write(folder.vocabulary)
 
 
 def make_features(config: Config, folder: DataFolder, progress: Progress = _silent) -> None:

@@ -109,7 +109,8 @@ class MaskedBatchNorm(nn.Module):
     def forward(self, sequences: Tensor, lengths: Tensor) -> Tensor:
         """Return ``sequences`` ``[batch, time, ..., features]`` normalised; padding means nothing then."""
         if self.training:
-            mean, variance = self._statistics(sequences, lengths)
+            # Under autocast the sequences may be of 16 bits: a sum over all frames would be short of digits.
+            mean, variance = self._statistics(sequences.to(self.running_mean.dtype), lengths)
         else:
             mean, variance = self.running_mean, self.running_variance
         gain = self.scale * (variance + self.epsilon).rsqrt()

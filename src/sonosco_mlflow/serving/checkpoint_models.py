@@ -27,6 +27,7 @@ from sonosco_mlflow.tracking.journal import Row
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.store import models_of
 from sonosco_mlflow.tracking.tags import CHECKPOINT, MANIFEST_DIGEST
+from sonosco_mlflow.training.averaging import evaluated_state
 from sonosco_mlflow.training.callbacks.base import is_timing
 
 _ADDRESS = "checkpoint.json"
@@ -113,7 +114,7 @@ def _load_pyfunc(folder: str) -> SpeechRecognizer:
     address = json.loads(Path(folder, _ADDRESS).read_text(encoding="utf-8"))["checkpoint"]
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = read_checkpoint(fetch_checkpoint(address, Path(scratch)))
-        return SpeechRecognizer.load(Path(folder), checkpoint.directory / "model.safetensors")
+        return SpeechRecognizer.load(Path(folder), evaluated_state(checkpoint.state))
 
 
 def _delete(model: LoggedModel) -> None:

@@ -8,7 +8,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -102,11 +102,13 @@ class SpeechRecognizer:
         return json_bytes(Serializer().describe(self))
 
     @classmethod
-    def load(cls, folder: Path, weights: Path | None = None) -> Self:
-        """Read what :meth:`save` wrote; ``weights`` is another file of the model's parameters and buffers."""
+    def load(cls, folder: Path, weights: Mapping[str, Tensor] | None = None) -> Self:
+        """Read what :meth:`save` wrote; ``weights`` are other parameters and buffers of the model."""
         recognizer = Deserializer().build(json.loads((folder / OBJECTS).read_bytes()))
         assert isinstance(recognizer, cls)
-        recognizer.model.load_state_dict(safetensors.torch.load((weights or folder / _WEIGHTS).read_bytes()))
+        if weights is None:
+            weights = safetensors.torch.load((folder / _WEIGHTS).read_bytes())
+        recognizer.model.load_state_dict(weights)
         if recognizer.search.language_model is not None:
             tensors = safetensors.torch.load((folder / _LANGUAGE_MODEL).read_bytes())
             recognizer.search.language_model.load_state_dict(tensors)

@@ -30,6 +30,7 @@ CHANGE_OF = {
     "environment": "environment",
     "threads": "numerics",
     "canary": "numerics",
+    "precision": "numerics",
 }
 CHANGES = tuple(dict.fromkeys(CHANGE_OF.values()))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Self
 
 from sonosco_mlflow.data.corpora.base import SPLITS
-from sonosco_mlflow.data.features import FeatureStore
+from sonosco_mlflow.data.features import FeatureStore, files_digest
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
-from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.pipeline import lock_text, stage_outputs
 from sonosco_mlflow.tracking.tags import DATA_DIGEST
+from sonosco_mlflow.vocabulary import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,25 @@ class DataLineage:
     lock: str | None = None
 
     @classmethod
-    def of_folder(cls, folder: DataFolder) -> Self:
-        """Describe the data that the DVC stages made."""
+    def of_folder(cls, folder: DataFolder, *, recordings: bool = False) -> Self:
+        """Describe the data that the DVC stages made.
+
+        Args:
+            folder: where it lies.
+            recordings: whether training reads the recordings beside the features; DVC versions them all the same.
+        """
         manifests = {split: Manifest.read(folder.manifest(split)) for split in SPLITS}
         outputs = stage_outputs(folder)
+        contents = {} if outputs else {split: FeatureStore(folder.store(split)).digest for split in SPLITS}
+        if recordings and not outputs:
+            train = manifests["train"]
+            contents["train recordings"] = files_digest(train.audio_path(utterance) for utterance in train)
         return cls(
             manifests={split: manifest.digest for split, manifest in manifests.items()},
-            vocabulary=CharacterTokenizer.read(folder.vocabulary).digest,
+            vocabulary=read_tokenizer(folder.vocabulary).digest,
             outputs=outputs,
             counts={split: _counts(manifest) for split, manifest in manifests.items()},
-            contents={} if outputs else {split: FeatureStore(folder.store(split)).digest for split in SPLITS},
+            contents=contents,
             sources={split: folder.manifest(split) for split in SPLITS},
             lock=lock_text(folder),
         )

@@ -170,8 +170,14 @@ class Origin:
 
 
 def data_digests(trainer: ModelTrainer, lineage: DataLineage) -> dict[str, str]:
-    """Return the digests of what ``trainer`` trains on, and of what its device makes of the canary."""
-    digests = {"data": lineage.digest}
+    """Return the digests of what ``trainer`` trains on, and of what its device makes of the canary.
+
+    Of a trainer that computes in 16 bits, ``precision`` says what those passes give as well.
+    """
+    used = trainer.precision.used
+    digests = {"data": lineage.digest, "precision": used}
+    if used != "float32":
+        digests["precision"] += f" {canary(str(trainer.device), used)[:16]}"
     if lineage.vocabulary is not None:
         digests["vocabulary"] = lineage.vocabulary
     if trainer.train_loader is not None:

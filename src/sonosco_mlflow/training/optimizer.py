@@ -6,6 +6,7 @@ checkpoint what belongs to what.
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -77,6 +78,16 @@ class OptimizerRecipe:
         optimizer: torch.optim.Optimizer = self.kind(groups, **(self.options or {}))
         return optimizer
 
+    def set_learning_rates(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        """Set the rate of each of the optimizer's groups to ``factor`` times what the recipe has."""
+        for group, recipe in zip(optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = recipe["lr"] * factor
+
+    def renew_options(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set all options of the optimizer's groups to what the recipe has."""
+        for group, recipe in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update({key: value for key, value in recipe.items() if key != "parameters"})
+
 
 def _own_options(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     remembered = remembered_parameters(optimizer)
@@ -119,6 +130,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
                 key: _placed(parameter, value) if isinstance(value, Tensor) else value
                 for key, value in state["moments"][name].items()
             }
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, limit: float | None) -> float:
+    """Bound the 2-norm of the gradients of what ``optimizer`` moves by ``limit``, and return what it was."""
+    in_groups = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # In the model's order, however they are grouped: it decides the last bits of the norm.
+    moved = [parameter for parameter in model.parameters() if id(parameter) in in_groups]
+    return nn.utils.clip_grad_norm_(moved, math.inf if limit is None else limit).item()
 
 
 def placed_as(parameter: Tensor, value: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ safe point, and continues on the same path wherever it is loaded.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from signal import SIGINT
 from typing import Any
 
@@ -17,38 +18,42 @@ import torch
 from torch import nn
 
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
-from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.determinism import KeptGenerators, seed_for
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Serializer
+from sonosco_mlflow.training.averaging import borrowed_weights
 from sonosco_mlflow.training.callbacks.base import STEP_METRICS, Callback
 from sonosco_mlflow.training.callbacks.dispatch import (
     callbacks_state,
     emit,
     emit_exception,
+    evaluated_weights,
     learning_rate_factor,
     load_callbacks_state,
     tell_callbacks,
     tell_observers,
 )
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
-from sonosco_mlflow.training.optimizer import OptimizerRecipe, load_optimizer_state, optimizer_state, placed_as
+from sonosco_mlflow.training.optimizer import (
+    OptimizerRecipe,
+    clip_gradients,
+    load_optimizer_state,
+    optimizer_state,
+    placed_as,
+)
 from sonosco_mlflow.training.parameters import load_model_state, parameter_traits
-from sonosco_mlflow.training.validation import Decoder, Loss, Validation, evaluate, model_loss
-
-
-@dataclass
-class Progress:
-    """Where training stands; ``epoch`` and ``batch`` name the next batch to train on."""
-
-    epoch: int = 0
-    batch: int = 0
-    micro_step: int = 0
-    step: int = 0
-    utterances: int = 0
-    frames: int = 0
+from sonosco_mlflow.training.precision import Precision
+from sonosco_mlflow.training.progress import Progress
+from sonosco_mlflow.training.validation import (
+    Decoder,
+    Loss,
+    Validation,
+    default_decoder,
+    evaluate,
+    model_loss,
+)
 
 
 @serializable
@@ -71,6 +76,8 @@ class ModelTrainer:
         gradient_clip: bound on the gradient's 2-norm, or None.
         validate_every_steps: validate also every so many optimizer steps, besides the end of each epoch.
         device: where the model trains.
+        precision: what forward passes of training compute in, where the device has units for it; see
+            :class:`~sonosco_mlflow.training.precision.Precision`.
 
     Attributes:
         progress: where training stands.
@@ -96,8 +103,10 @@ class ModelTrainer:
         gradient_clip: float | None = None,
         validate_every_steps: int | None = None,
         device: str = "cpu",
+        precision: str = "float32",
     ) -> None:
         self.device = torch.device(device)
+        self.precision = Precision(precision, self.device)
         self.model = model.to(self.device)
         self.loss = loss
         if optimizer is None:
@@ -111,7 +120,7 @@ class ModelTrainer:
         self.metrics = list(metrics)
         self.callbacks = list(callbacks)
         self.observers: list[Callback] = []
-        self.decoder = decoder or self._default_decoder()
+        self.decoder = decoder or default_decoder(model, val_loader or train_loader, is_needed=bool(metrics))
         self.epochs = epochs
         self.seed = seed
         self.accumulation = accumulation
@@ -203,7 +212,12 @@ class ModelTrainer:
         ``decoder`` takes the place of the trainer's own.
         """
         chosen = decoder or self.decoder
-        return evaluate(self.model, loader, prefix, loss=self.loss, decoder=chosen, metrics=self.metrics)
+        with self.evaluated_weights():
+            return evaluate(self.model, loader, prefix, loss=self.loss, decoder=chosen, metrics=self.metrics)
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """Give the model, for a block, the weights that it is evaluated with: a callback's average, or its own."""
+        return borrowed_weights(self.model, evaluated_weights(self))
 
     # ------------------------------------------------------------------ the loop
 
@@ -235,14 +249,15 @@ class ModelTrainer:
         self.at_safe_point = False
         torch.manual_seed(seed_for(self.seed, "step", progress.micro_step))
         self.model.train()
-        loss = self.loss(self.model, batch)
+        with self.precision.computing():
+            loss = self.loss(self.model, batch)
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"the loss is {loss.item()} at step {progress.step + 1} (epoch {progress.epoch}, utterances "
                 f"{', '.join(batch.ids[:5])}); "
                 "lower optimizer.lr, set training.gradient_clip, or look at these utterances"
             )
-        (loss / window).backward()  # type: ignore[no-untyped-call]
+        self.precision.backward(loss / window)
         self._window_loss += loss.item() / window
         self._window_utterances += len(batch)
         progress.batch += 1
@@ -282,16 +297,11 @@ class ModelTrainer:
         return batches, min(self.accumulation, batches - first)
 
     def _optimizer_step(self, seconds: float) -> None:
+        self.precision.unscale(self.optimizer)
         emit(self, "on_gradients")
-        limit = math.inf if self.gradient_clip is None else self.gradient_clip
-        in_groups = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        # In the model's order, however they are grouped: it decides the last bits of the norm.
-        moved = [parameter for parameter in self.model.parameters() if id(parameter) in in_groups]
-        norm = nn.utils.clip_grad_norm_(moved, limit).item()
-        factor = learning_rate_factor(self)
-        for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
-            group["lr"] = recipe["lr"] * factor
-        self.optimizer.step()
+        norm = clip_gradients(self.optimizer, self.model, self.gradient_clip)
+        self.optimizer_recipe.set_learning_rates(self.optimizer, learning_rate_factor(self))
+        self.precision.step(self.optimizer)
         # Of parameters too that the optimizer does not move: they are no state between two steps.
         self.model.zero_grad()
         self.progress.step += 1
@@ -310,17 +320,6 @@ class ModelTrainer:
         self.validation = self.evaluate(self.val_loader, "val_")
         self.record(self.validation.metrics)
         emit(self, "on_validation_end", self.validation)
-
-    def _default_decoder(self) -> Decoder | None:
-        loader = self.val_loader or self.train_loader
-        if loader is not None and hasattr(self.model, "decode"):
-            return TextDecoder(loader.tokenizer)
-        if self.metrics:
-            raise UserError(
-                f"metrics need hypotheses, but {type(self.model).__name__} has no decode(batch) or there is no loader; "
-                "pass decoder=..., a callable (model, batch) -> list of texts"
-            )
-        return None
 
     # ------------------------------------------------------------------ state
 
@@ -350,6 +349,7 @@ class ModelTrainer:
             "gradient_clip": self.gradient_clip,
             "validate_every_steps": self.validate_every_steps,
             "device": str(self.device),
+            "precision": self.precision.wanted,
         }
 
     def state_dict(self) -> dict[str, object]:
@@ -369,6 +369,7 @@ class ModelTrainer:
                 "parameters": parameter_traits(self.model),
                 "gradients": gradients,
                 "window_loss": self._window_loss,
+                "precision": self.precision.state_dict(),
                 "generators": self._generators.state_dict(),
                 "callbacks": callbacks_state(self.callbacks),
             },
@@ -390,6 +391,8 @@ class ModelTrainer:
         for name, parameter in self.model.named_parameters():
             gradient = trainer["gradients"].get(name)
             parameter.grad = None if gradient is None else placed_as(parameter, gradient)
+        # A state from before there was a choice has none.
+        self.precision.load_state_dict(trainer.get("precision", {}))
         load_callbacks_state(self.callbacks, trainer["callbacks"])
         self._reach_safe_point()
         self._generators.load_state_dict(trainer["generators"])
@@ -398,5 +401,4 @@ class ModelTrainer:
 
     def renew_optimizer_options(self) -> None:
         """Set the optimizer's options as this trainer was made with, after a state of other ones was loaded."""
-        for group, recipe in zip(self.optimizer.param_groups, self.optimizer_recipe.groups, strict=True):
-            group.update({key: value for key, value in recipe.items() if key != "parameters"})
+        self.optimizer_recipe.renew_options(self.optimizer)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
+from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
@@ -75,6 +76,22 @@ def evaluate(
     for metric in metrics:
         values[f"{prefix}{_name(metric)}"] = float(metric(references, hypotheses))
     return Validation(values, ids, references, hypotheses)
+
+
+def default_decoder(model: nn.Module, loader: AudioDataLoader | None, *, is_needed: bool) -> Decoder | None:
+    """Return what decodes by the model's own ``decode`` into the texts of the loader's tokenizer, or None.
+
+    Raises:
+        UserError: it ``is_needed``, and there is none.
+    """
+    if loader is not None and hasattr(model, "decode"):
+        return TextDecoder(loader.tokenizer)
+    if is_needed:
+        raise UserError(
+            f"metrics need hypotheses, but {type(model).__name__} has no decode(batch) or there is no loader; "
+            "pass decoder=..., a callable (model, batch) -> list of texts"
+        )
+    return None
 
 
 def _name(metric: Metric) -> str:

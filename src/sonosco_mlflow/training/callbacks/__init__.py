@@ -4,12 +4,15 @@
 100
 """
 
+from sonosco_mlflow.training.callbacks.averages import CheckpointAverage, ExponentialAverage
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.early_stopping import EarlyStopping
 from sonosco_mlflow.training.callbacks.epoch_time import EpochTimeEstimate
 from sonosco_mlflow.training.callbacks.gradient_norms import LayerGradientNorms
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.learning_rate import (
+    CosineDecay,
+    InverseSquareRootDecay,
     LinearWarmUp,
     PlateauLearningRateReduction,
     ScheduledLearningRateReduction,
@@ -22,9 +25,13 @@ from sonosco_mlflow.training.callbacks.text_comparison import TeacherForcedTextC
 
 __all__ = [
     "Callback",
+    "CheckpointAverage",
+    "CosineDecay",
     "EarlyStopping",
     "EpochTimeEstimate",
+    "ExponentialAverage",
     "History",
+    "InverseSquareRootDecay",
     "LayerGradientNorms",
     "LinearWarmUp",
     "ModelCheckpoint",

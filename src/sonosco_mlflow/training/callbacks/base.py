@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 from sonosco_mlflow.serialization.parameters import serializable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sonosco_mlflow.training.trainer import ModelTrainer
     from sonosco_mlflow.training.validation import Validation
 
@@ -80,6 +82,10 @@ class Callback:
         The factors of all callbacks multiply, so that warm-up and reduction need not know of each other.
         """
         return 1.0
+
+    def evaluated_weights(self, trainer: "ModelTrainer") -> "Mapping[str, Tensor] | None":
+        """Return other weights for the model while it is evaluated, by parameter and buffer; None leaves its own."""
+        return None
 
     def state_dict(self) -> dict[str, object]:
         """Return what changes while training, as a tree of plain data (:mod:`sonosco_mlflow.serialization.state`)."""

@@ -8,6 +8,8 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sonosco_mlflow.training.trainer import ModelTrainer
 
 
@@ -53,6 +55,19 @@ def emit_exception(trainer: "ModelTrainer", error: BaseException) -> None:
 def learning_rate_factor(trainer: "ModelTrainer") -> float:
     """Return the product of what all callbacks answer."""
     return math.prod(callback.learning_rate_factor(trainer) for callback in (*trainer.callbacks, *trainer.observers))
+
+
+def evaluated_weights(trainer: "ModelTrainer") -> "Mapping[str, Tensor] | None":
+    """Return the weights that the callbacks want the model evaluated with, or None for its own.
+
+    Raises:
+        UserError: two of them want it.
+    """
+    wanted = {type(callback).__name__: callback.evaluated_weights(trainer) for callback in trainer.callbacks}
+    given = {name: weights for name, weights in wanted.items() if weights is not None}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} both average the weights; leave one of them out")
+    return next(iter(given.values()), None)
 
 
 def callbacks_state(callbacks: Sequence[Callback]) -> dict[str, object]:

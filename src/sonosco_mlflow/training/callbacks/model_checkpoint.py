@@ -9,9 +9,10 @@ when training ends.
 The training thread only copies the state; another one writes, verifies, removes, and hands on.
 """
 
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -23,6 +24,7 @@ from sonosco_mlflow.serialization.checkpoint import (
     checkpoint_name,
     checkpoints_in,
     quarantine,
+    read_checkpoint,
     remove_leftovers,
     verify_checkpoint,
     write_checkpoint,
@@ -34,6 +36,8 @@ from sonosco_mlflow.training.callbacks.monitor import monitored
 from sonosco_mlflow.training.interruption import LeaveAtOnce
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sonosco_mlflow.training.trainer import ModelTrainer
     from sonosco_mlflow.training.validation import Validation
 
@@ -63,6 +67,7 @@ class ModelCheckpoint(Callback):
         serializer: writes the trainer's objects.
         background: writes and delivers; None makes one for each training.
         before_writing: called before a checkpoint is written, for what must be on the disk before it.
+        fetch: brings the checkpoint of a name that is kept, and is not in ``directory``, into a folder.
         listeners: called with the directory of each checkpoint once it is verified, and the names of all that are kept.
         digests: written into each checkpoint's manifest, of what the state belongs to.
         stall_seconds: for how long saving has held up the training so far.
@@ -97,6 +102,7 @@ class ModelCheckpoint(Callback):
         self.serializer = Serializer()
         self.background: Background | None = None
         self.before_writing: list[Callable[[], None]] = []
+        self.fetch: Callable[[str, Path], Path] | None = None
         self.listeners: list[Callable[[Path, frozenset[str]], None]] = []
         self.digests: dict[str, str] = {}
         self.stall_seconds = 0.0
@@ -240,6 +246,33 @@ class ModelCheckpoint(Callback):
                 self._close_own_background()
         return path
 
+    def last_steps(self, count: int) -> list[int]:
+        """Return the steps of the last ``count`` scheduled checkpoints that are kept."""
+        return self._kept[-count:]
+
+    def best_steps(self, count: int) -> list[int]:
+        """Return the steps of the best ``count`` scheduled checkpoints that are kept, the best first."""
+        return self._best(self._kept, count)
+
+    def model_state(self, step: int) -> "Mapping[str, Tensor]":
+        """Return the model's state in the checkpoint of ``step``, one that is kept.
+
+        Raises:
+            UserError: it is neither in ``directory`` nor to be fetched, or it is broken.
+        """
+        if self.background is not None:
+            self.background.finish_writes()
+        name = checkpoint_name(step)
+        with tempfile.TemporaryDirectory() as scratch:
+            if self.directory is not None and (self.directory / name).exists():
+                path = self.directory / name
+            elif self.fetch is not None:
+                path = self.fetch(name, Path(scratch))
+            else:
+                raise UserError(f"{self.directory}: holds no {name}, which is to be averaged; put it back")
+            state: dict[str, Tensor] = read_checkpoint(path).state["model"]
+        return state
+
     def state_dict(self) -> dict[str, object]:
         """Return which scheduled steps are kept, and what they are worth."""
         return {"kept": list(self._kept), "scores": dict(self._scores)}
@@ -266,22 +299,26 @@ class ModelCheckpoint(Callback):
         return (
             (self.every_epochs is not None and progress.batch == 0 and progress.epoch % self.every_epochs == 0)
             or (self.every_steps is not None and progress.step % self.every_steps == 0)
-            or progress.step in self._best([*self._kept, progress.step])
+            or progress.step in self._best([*self._kept, progress.step], self.keep_best)
         )
 
-    def _best(self, steps: Iterable[int]) -> list[int]:
+    def _best(self, steps: Iterable[int], count: int) -> list[int]:
         # NaN sorts nowhere: it is worth less than any number. Of equals the earlier is better.
         scored = [
             (score if score == score else float("inf"), step)
             for step in steps
             if (score := self._scores.get(step)) is not None
         ]
-        return [step for _, step in sorted(scored)[: self.keep_best]]
+        return [step for _, step in sorted(scored)[:count]]
 
     def _count(self, step: int) -> None:
         known = sorted({*self._kept, step})
         every = self.keep_every_steps
-        kept = {*known[-self.keep_last :], *self._best(known), *(s for s in known if every and s % every == 0)}
+        kept = {
+            *known[-self.keep_last :],
+            *self._best(known, self.keep_best),
+            *(s for s in known if every and s % every == 0),
+        }
         self._kept = sorted(kept)
         self._scores = {other: score for other, score in self._scores.items() if other in kept}
 

@@ -81,7 +81,7 @@ class TeacherForcedTextComparison(Callback):
         loader = trainer.val_loader
         assert loader is not None
         hypotheses: list[str] = []
-        with undisturbed(trainer.model):
+        with trainer.evaluated_weights(), undisturbed(trainer.model):
             for batch in loader:
                 output = trainer.model(batch.to(trainer.device))
                 hypotheses += map(loader.tokenizer.decode, trainer.model.teacher_forced(output))  # type: ignore[operator]
