@@ -7,6 +7,7 @@ import pytest
 
 from sonosco_mlflow import cli, runs
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.outcome import Outcome
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.training.interruption import Terminated
 
@@ -18,9 +19,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The recipes that `train` was asked for, instead of a training."""
     configs: list[Config] = []
 
-    def train(config: Config, project: Path, *, prepare: bool, **others: object) -> runs.Outcome:
+    def train(config: Config, project: Path, *, prepare: bool, **others: object) -> Outcome:
         configs.append(config)
-        return runs.Outcome("id", {}, [])
+        return Outcome("id", {}, [])
 
     monkeypatch.setattr(runs, "train", train)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")

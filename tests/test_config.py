@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from sonosco_mlflow.config import LATER, Config, decisive, flatten, settings_digest, settings_yaml, valid_keys
+from sonosco_mlflow.config import LATER, Config, decisive, valid_keys
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.settings import plain_settings
+from sonosco_mlflow.settings import flatten, plain_settings, settings_digest, settings_yaml
 
 # Scripts and people rely on these.
 FIXED_KEYS = [

@@ -12,9 +12,10 @@ from sonosco_mlflow.decoding.arpa import read_arpa
 from sonosco_mlflow.decoding.search import GREEDY
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.language_models import train_language_model
-from sonosco_mlflow.runs import evaluate, recognizer_of, resume, train
+from sonosco_mlflow.runs import resume, train
 from sonosco_mlflow.tracking.rebuilt import _restore_language_model
 from sonosco_mlflow.tracking.segments import Segment
+from sonosco_mlflow.trained import evaluate, recognizer_of
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 SEARCH = {

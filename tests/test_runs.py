@@ -13,11 +13,13 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.runs import Outcome, evaluate, recognizer_of, report, run_of, train
+from sonosco_mlflow.outcome import Outcome, report
+from sonosco_mlflow.runs import train
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import download
+from sonosco_mlflow.trained import evaluate, recognizer_of, run_of
 from toy import ALPHABET, change_a_sample
 
 pytestmark = pytest.mark.usefixtures("tracking_store")

@@ -8,10 +8,8 @@ guessed: an unknown key, or a value of the wrong kind, is refused with the neare
 (3, 0.0003)
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from io import StringIO
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -20,9 +18,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from sonosco_mlflow.errors import UserError, nearest
-from sonosco_mlflow.settings import plain_settings
+from sonosco_mlflow.settings import Scalar, flatten, settings_digest, settings_yaml
 
-Scalar = None | bool | int | float | str
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -326,40 +323,6 @@ def _set(tree: dict[str, object], key: str, value: object) -> None:
             raise UserError(f"{parent}: found {child!r}, expected a section of keys")
         node = child
     node[last] = value
-
-
-def settings_digest(settings: Mapping[str, object]) -> str:
-    """Return the hexadecimal sha256 of nested settings, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def settings_yaml(settings: Mapping[str, object]) -> str:
-    """Return nested settings as YAML."""
-    stream = StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.dump(dict(settings), stream)
-    return stream.getvalue()
-
-
-def flatten(settings: Mapping[str, object]) -> Iterator[tuple[str, Scalar]]:
-    """Yield the leaves of nested mappings under dotted keys; lists become their JSON text.
-
-    Raises:
-        UserError: as :func:`plain_settings`.
-    """
-    yield from _leaves(plain_settings(settings), "")
-
-
-def _leaves(tree: Mapping[str, object], prefix: str) -> Iterator[tuple[str, Scalar]]:
-    for key, value in tree.items():
-        match value:
-            case dict():
-                yield from _leaves(value, f"{prefix}{key}.")
-            case list():
-                yield prefix + key, json.dumps(value)
-            case None | bool() | int() | float() | str():
-                yield prefix + key, value
 
 
 def decisive(settings: Mapping[str, object], *, is_recipe: bool) -> dict[str, Scalar]:

@@ -28,7 +28,7 @@ from typing import Self, TypeVar
 import torch
 
 from sonosco_mlflow import determinism
-from sonosco_mlflow.config import Config, flatten
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.decoding.search import GREEDY, Search
 from sonosco_mlflow.decoding.text import TextDecoder
@@ -39,7 +39,7 @@ from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.serving.checkpoint_models import CheckpointModels
 from sonosco_mlflow.serving.logging import trained_recognizer
-from sonosco_mlflow.settings import plain_settings
+from sonosco_mlflow.settings import flatten, plain_settings
 from sonosco_mlflow.tracking.language_model import kept_model_of
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage

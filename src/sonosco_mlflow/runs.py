@@ -1,35 +1,19 @@
-"""What the commands do: train a recipe, bring its data, evaluate a run."""
+"""What the commands do: bring a recipe's data, train it, and continue its training."""
 
 import csv
-import json
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sonosco_mlflow import determinism
-from sonosco_mlflow.config import Config, flatten
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.console import say
 from sonosco_mlflow.data.stages import DataFolder
-from sonosco_mlflow.decoding.text import TextDecoder
-from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.evaluation import (
-    UtteranceResult,
-    learning_curves,
-    metrics_table,
-    transcripts,
-    utterance_results,
-    with_intervals,
-)
+from sonosco_mlflow.evaluation import learning_curves, utterance_results
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.language_models import search_of
-from sonosco_mlflow.metrics import character_error_rate, word_error_rate
-from sonosco_mlflow.recipe import build_checkpoints, build_loader, build_loaders, build_trainer, check_recipe
-from sonosco_mlflow.serving.logging import load_recognizer
-from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+from sonosco_mlflow.outcome import Outcome, report, write_json
+from sonosco_mlflow.recipe import build_checkpoints, build_loaders, build_trainer, check_recipe
 from sonosco_mlflow.tracking.changes import lineage_changes, listed
-from sonosco_mlflow.tracking.language_model import kept_model_of
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
@@ -37,22 +21,11 @@ from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 from sonosco_mlflow.tracking.readiness import require_current
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
-from sonosco_mlflow.tracking.secrecy import without_secrets
-from sonosco_mlflow.tracking.segments import Segment, newest_segment
-from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
-from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED, STATE
+from sonosco_mlflow.tracking.segments import newest_segment
+from sonosco_mlflow.tracking.store import connect, find_run
+from sonosco_mlflow.tracking.tags import STATE
 from sonosco_mlflow.training.callbacks.interrupt_at import InterruptAt
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
-from sonosco_mlflow.training.validation import evaluate as evaluate_model
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its id, its final metrics, and what it made of the test utterances."""
-
-    run_id: str
-    metrics: dict[str, float]
-    results: Sequence[UtteranceResult]
 
 
 def train(
@@ -122,7 +95,7 @@ def resume(
     connect(project)
     run = find_run(run_id)
     tracked = TrackedRun.find(run)
-    recorded = _recipe_of(newest_segment(run))
+    recorded = newest_segment(run).recipe()
     config = Config.resolve(recorded.model_dump(mode="json"), overrides or {}, origin=f"run {run_id}")
     if run.data.tags.get(STATE) == "finished" and config.training.epochs == recorded.training.epochs:
         print(f"run {run_id} is finished; there is nothing to do, unless with --set training.epochs=...")
@@ -234,171 +207,10 @@ def bring_data(config: Config, project: Path) -> DataLineage:
     return lineage
 
 
-def evaluate(
-    run_id: str,
-    project: Path,
-    *,
-    split: str = "test",
-    overrides: Mapping[str, str] | None = None,
-    prepare: bool = True,
-    results: Path | None = None,
-) -> Outcome:
-    """Evaluate the model that run ``run_id`` kept, on a run of its own below that one, and print what came of it.
-
-    The numbers are derived again from what MLflow and DVC kept: nothing of the training process is left. Where the
-    run already holds them and is decoded as it was, the tag ``sonosco.reproduced`` says whether they are equal to the
-    last bit.
-
-    Args:
-        run_id: a finished training run.
-        project: folder with ``dvc.yaml``.
-        split: which split of the run's data to evaluate.
-        overrides: keys of the section ``decoding``, to decode in another way than the run did.
-        prepare: bring the data up to date first; inside a DVC stage it already is.
-        results: folder for what DVC keeps: metrics and hypotheses.
-
-    Raises:
-        UserError: there is no such run, it kept no model, or its data is not to be had.
-    """
-    connect(project)
-    with tempfile.TemporaryDirectory() as scratch:
-        parent = find_run(run_id)
-        name = f"evaluate-{split}-of-{parent.info.run_id[:6]}"
-        with TrackedRun.open(experiment_name(parent), "evaluate", name) as run:
-            run.make_child_of(parent.info.run_id)
-            segment = newest_segment(parent)
-            recorded_recipe = _recipe_of(segment)
-            config = _decoded_otherwise(recorded_recipe, overrides or {})
-            determinism.configure(config.training.threads)
-            folder = prepare_data(config, project) if prepare else ready_data(config, project)
-            lineage = DataLineage.of_folder(folder, recordings=config.augment.reads_recordings)
-            _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
-            recognizer = load_recognizer(run_id, Path(scratch))
-            loader = build_loader(config, folder, split)
-            search = search_of(config, loader.tokenizer, project, Path(scratch), segment)
-            run.log_parameters(dict(flatten({"decoding": config.decoding.model_dump(mode="json")})))
-            language_model = kept_model_of(search)
-            if language_model is not None:
-                language_model.log(run)
-            validation = evaluate_model(
-                recognizer.model,
-                loader,
-                f"{split}_",
-                decoder=TextDecoder(loader.tokenizer, search),
-                metrics=[word_error_rate, character_error_rate],
-            )
-            validation = with_intervals(validation, f"{split}_")
-            run.log_metrics(validation.metrics, step=0)
-            table = utterance_results(validation)
-            run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")
-            run.log_dataset(split, lineage.manifests[split], folder.manifest(split), context=split)
-            recorded = {key: value for key, value in parent.data.metrics.items() if key in validation.metrics}
-            if recorded and config.decoding == recorded_recipe.decoding:
-                equal = all(validation.metrics[key] == value for key, value in recorded.items())
-                run.set_tags({REPRODUCED: str(equal).lower()})
-            run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{metrics_table(validation.metrics)}")
-    if results is not None:
-        results.mkdir(parents=True, exist_ok=True)
-        _write_json(results / "metrics.json", validation.metrics)
-        with (results / "hypotheses.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(vars(table[0])))
-            writer.writeheader()
-            writer.writerows(vars(row) for row in table)
-    outcome = Outcome(run_id, validation.metrics, table)
-    print(report(outcome))
-    return outcome
-
-
-def recognizer_of(
-    run_id: str, project: Path, *, overrides: Mapping[str, str] | None = None, n_best: int = 1
-) -> SpeechRecognizer:
-    """Return the trained model of a run, ready to transcribe.
-
-    Args:
-        run_id: a finished training run.
-        project: folder that the path of a language model starts from.
-        overrides: keys of the section ``decoding``, to decode in another way than the run did.
-        n_best: hypotheses that are wanted of each sound; the beam is at least as wide.
-    """
-    connect(project)
-    run = find_run(run_id)
-    with tempfile.TemporaryDirectory() as scratch:
-        recognizer = load_recognizer(run_id, Path(scratch))
-        if overrides or n_best > 1:
-            segment = newest_segment(run)
-            config = _decoded_otherwise(_recipe_of(segment), {"decoding.beam": str(n_best), **(overrides or {})})
-            recognizer.search = search_of(config, recognizer.tokenizer, project, Path(scratch), segment, n_best)
-    return recognizer
-
-
-def run_of(file: Path) -> str:
-    """Return the run that a train stage's ``mlflow_run.json`` names.
-
-    Raises:
-        UserError: the file is missing or names none.
-    """
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: names no run ({error}); `dvc repro train` writes it") from error
-
-
-def report(outcome: Outcome) -> str:
-    """Return what a person wants to read at the end of a run."""
-    rates = {name: value for name, value in outcome.metrics.items() if name.endswith("error_rate")}
-    lines = [f"  {name:<28} {100 * value:6.2f} %{_interval(outcome.metrics, name)}" for name, value in rates.items()]
-    uri = without_secrets(os.environ["MLFLOW_TRACKING_URI"])
-    return "\n".join(
-        [
-            f"\nrun {outcome.run_id}",
-            *lines,
-            "",
-            transcripts(outcome.results, 3),
-            "",
-            f"see it:  mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"see it:  {uri}",
-        ]
-    )
-
-
-def _interval(metrics: Mapping[str, float], rate: str) -> str:
-    if f"{rate}_lower" not in metrics:
-        return ""
-    return f"  (95 %: {100 * metrics[f'{rate}_lower']:.2f} to {100 * metrics[f'{rate}_upper']:.2f})"
-
-
-def _recipe_of(newest: Segment) -> Config:
-    """Return the recipe that a training run goes on with.
-
-    Raises:
-        UserError: it trains none.
-    """
-    if not newest.trains_recipe():
-        raise UserError(
-            f"run {newest.run_id} trains no recipe, but what a program of its own sets up: there "
-            f'Experiment.resume("{newest.run_id}") continues it'
-        )
-    return Config.resolve(newest.settings(), {}, origin=f"run {newest.run_id}")
-
-
-def _decoded_otherwise(recipe: Config, overrides: Mapping[str, str]) -> Config:
-    for key in overrides:
-        if not key.startswith("decoding."):
-            raise UserError(f"{key}: of a trained model only decoding.* can be set")
-    return Config.resolve(recipe.model_dump(mode="json"), overrides, origin="the run's recipe")
-
-
-def _require_same_data(lineage: DataLineage, run_id: str, expected: str | None) -> None:
-    if lineage.digest != expected:
-        raise UserError(
-            f"the data here is not what run {run_id} used: digest {lineage.digest[:12]}, "
-            f"the run's tag {DATA_DIGEST} says {str(expected)[:12]}; data/lineage.json of the run names its parts"
-        )
-
-
 def _write_train_results(results: Path, experiment: Experiment, metrics: dict[str, float]) -> None:
     results.mkdir(parents=True, exist_ok=True)
-    _write_json(results / "mlflow_run.json", {"run_id": experiment.run.id})
-    _write_json(results / "metrics.json", metrics)
+    write_json(results / "mlflow_run.json", {"run_id": experiment.run.id})
+    write_json(results / "metrics.json", metrics)
     curves = {name: experiment.history.curve(name) for name in experiment.history.names()}
     for file_name, prefixes in (
         ("steps.csv", ("train_loss", "gradient_norm", "learning_rate")),
@@ -412,7 +224,3 @@ def _write_train_results(results: Path, experiment: Experiment, metrics: dict[st
             steps = next(iter(chosen.values()))[0]
             writer.writerows(zip(steps, *(values for _, values in chosen.values()), strict=True))
     (results / "learning_curves.png").write_bytes(learning_curves(curves))
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

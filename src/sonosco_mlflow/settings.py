@@ -1,12 +1,19 @@
-"""Settings of a program's own, as a run can keep them: what YAML and JSON give back as it was.
+"""Nested settings as a run can keep them: what YAML and JSON give back as it was; as a digest, and flat.
 
 >>> plain_settings({"optimizer": {"betas": (0.9, 0.98)}})
 {'optimizer': {'betas': [0.9, 0.98]}}
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
+from io import StringIO
+
+from ruamel.yaml import YAML
 
 from sonosco_mlflow.errors import UserError
+
+Scalar = None | bool | int | float | str
 
 
 def plain_settings(settings: Mapping[str, object]) -> dict[str, object]:
@@ -16,6 +23,40 @@ def plain_settings(settings: Mapping[str, object]) -> dict[str, object]:
         UserError: a value is none that comes back from there as it was; the message names its key and its type.
     """
     return {name: _plain(name, value) for name, value in _named("the settings", settings)}
+
+
+def settings_digest(settings: Mapping[str, object]) -> str:
+    """Return the hexadecimal sha256 of nested settings, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def settings_yaml(settings: Mapping[str, object]) -> str:
+    """Return nested settings as YAML."""
+    stream = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(dict(settings), stream)
+    return stream.getvalue()
+
+
+def flatten(settings: Mapping[str, object]) -> Iterator[tuple[str, Scalar]]:
+    """Yield the leaves of nested mappings under dotted keys; lists become their JSON text.
+
+    Raises:
+        UserError: as :func:`plain_settings`.
+    """
+    yield from _leaves(plain_settings(settings), "")
+
+
+def _leaves(tree: Mapping[str, object], prefix: str) -> Iterator[tuple[str, Scalar]]:
+    for key, value in tree.items():
+        match value:
+            case dict():
+                yield from _leaves(value, f"{prefix}{key}.")
+            case list():
+                yield prefix + key, json.dumps(value)
+            case None | bool() | int() | float() | str():
+                yield prefix + key, value
 
 
 def _plain(key: str, value: object) -> object:

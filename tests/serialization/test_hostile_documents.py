@@ -69,7 +69,7 @@ def build(document: Any, **options: Any) -> Any:
     [
         *("os:system", "posix:system", "subprocess:Popen", "builtins:eval", "builtins:exec", "builtins:__import__"),
         *("builtins:open", "builtins:getattr", "builtins:type", "importlib:import_module", "shutil:rmtree"),
-        *("sonosco_mlflow.serialization.durable:os.system", "sonosco_mlflow.runs:os", "torch.nn.modules.module:os"),
+        *("sonosco_mlflow.serialization.durable:os.system", "sonosco_mlflow.outcome:os", "torch.nn.modules.module:os"),
         *("torch.nn:Module.__init__.__globals__", "torch.nn.modules.module:Module.__init__"),
         *("torch.nn.modules.module:Module.__class__.__base__", "torch.nn.modules.linear:Linear.__subclasses__"),
         *("sonosco_mlflow.__main__:main", "__main__:__builtins__.eval", "__main__:__loader__", "sonosco_mlflow:os"),

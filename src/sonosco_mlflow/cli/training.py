@@ -130,7 +130,7 @@ def evaluate(
     results: Results = None,
 ) -> None:
     """Evaluate the model of a run from what MLflow and DVC kept; --set decoding.beam=8 decodes it otherwise."""
-    from sonosco_mlflow.runs import evaluate, run_of
+    from sonosco_mlflow.trained import evaluate, run_of
 
     if (run_id is None) == (run_file is None):
         raise UserError("give the id of a run, or --run-file")
@@ -147,7 +147,7 @@ def transcribe(
     settings: Set = None,
 ) -> None:
     """Print what the model of a run hears in sound files."""
-    from sonosco_mlflow.runs import recognizer_of
+    from sonosco_mlflow.trained import recognizer_of
 
     recognizer = recognizer_of(run_id, Path(), overrides=parse_settings(settings), n_best=n_best)
     for path in audio:

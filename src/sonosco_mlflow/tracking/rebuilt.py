@@ -16,10 +16,10 @@ from typing import Any
 
 import git
 
-from sonosco_mlflow.config import settings_yaml
 from sonosco_mlflow.console import say
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.settings import settings_yaml
 from sonosco_mlflow.tracking.code_snapshot import file_digest, unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
 from sonosco_mlflow.tracking.language_model import require_language_model

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 import mlflow
 from mlflow.entities import Run
 
-from sonosco_mlflow.config import Config, Scalar, flatten, settings_digest
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
+from sonosco_mlflow.settings import Scalar, flatten, settings_digest
 from sonosco_mlflow.tracking import identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
 from sonosco_mlflow.tracking.code_snapshot import imported_digests

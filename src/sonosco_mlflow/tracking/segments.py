@@ -24,9 +24,10 @@ from mlflow.entities import Run
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from sonosco_mlflow.config import Scalar, decisive
+from sonosco_mlflow.config import Config, decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import Checkpoint, position_of
+from sonosco_mlflow.settings import Scalar
 from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names
@@ -120,6 +121,19 @@ class Segment:
             UserError: it has not kept how it was started.
         """
         return Command.read(self.command()).trains_recipe
+
+    def recipe(self) -> Config:
+        """Return the recipe that it trains.
+
+        Raises:
+            UserError: it trains none.
+        """
+        if not self.trains_recipe():
+            raise UserError(
+                f"run {self.run_id} trains no recipe, but what a program of its own sets up: there "
+                f'Experiment.resume("{self.run_id}") continues it'
+            )
+        return Config.resolve(self.settings(), {}, origin=f"run {self.run_id}")
 
     def decisive(self) -> dict[str, Scalar]:
         """Return those of its settings, flat, that decide the bits of a state."""

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 
 from mlflow.entities import Run
 
-from sonosco_mlflow.config import settings_digest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, position_of
+from sonosco_mlflow.settings import settings_digest
 from sonosco_mlflow.tracking.code_snapshot import archive_digest
 from sonosco_mlflow.tracking.comparison import AT_END
 from sonosco_mlflow.tracking.journal import JOURNAL, read_rows, storable
