@@ -34,7 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_corpus(config, data)
-        make_manifests(data)
+        make_manifests(config, data)
         make_features(config, data)
     return folder
 

@@ -14,7 +14,7 @@ def test_sorta_grad_is_for_the_first_epoch_of_training_alone(tmp_path: Path) -> 
         tone_corpus(folder.corpus, tone_texts(12)).write(folder.corpus / f"{split}.jsonl")
     recipe = {"data": {"frames_per_batch": 120, "processes": 1}, "features": {"n_mels": 8}}
     config = Config.resolve(recipe, {"data.sorta_grad": "true"})
-    make_manifests(folder)
+    make_manifests(config, folder)
     make_features(config, folder)
     sorted_, plain = build_loaders(config, folder), build_loaders(Config.resolve(recipe, {}), folder)
     longest = [int(batch.feature_lengths.max()) for batch in sorted_.train.epoch(0)]
