@@ -1,12 +1,12 @@
 """A whole project in a folder of its own: the repository's files, a corpus of tones, a model that learns it fast."""
 
+import contextlib
 import os
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -14,6 +14,8 @@ import psutil
 from mlflow.entities import Run
 from ruamel.yaml import YAML
 
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
 from toy import tone_corpus, tone_texts
 
 PATIENCE = 240.0
@@ -54,6 +56,17 @@ def make_project(folder: Path, utterances: int = 30) -> Path:
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "first"]):
         run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], folder)
     return folder
+
+
+def make_data(project: Path) -> Path:
+    """Bring the project's data, as its stages do, in this process; return the project."""
+    config, data = Config.load(project / "params.yaml"), DataFolder(project / "data")
+    # Paths of a recipe start from the current folder.
+    with contextlib.chdir(project):
+        make_corpus(config, data)
+        make_manifests(config, data)
+        make_features(config, data)
+    return project
 
 
 def move_corpus(project: Path, folder: Path) -> None:
@@ -138,7 +151,7 @@ class Project:
         """Start ``command``, and kill it with all that it started; return the run that is left."""
         process = self.begin(command)
         for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
         process.wait()
         left = self.trainings()[-1]

@@ -5,9 +5,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from project import make_project
+from project import make_data, make_project
 from sonosco_mlflow.config import Config
-from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
+from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.decoding.arpa import read_arpa
 from sonosco_mlflow.decoding.search import GREEDY
 from sonosco_mlflow.errors import UserError
@@ -29,14 +29,7 @@ PLAIN = {"decoding.beam": "1", "decoding.language_model": "null", "decoding.leng
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_project(tmp_path_factory.mktemp("searched") / "project")
-    config, data = recipe(folder), DataFolder(folder / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        make_corpus(config, data)
-        make_manifests(config, data)
-        make_features(config, data)
-    return folder
+    return make_data(make_project(tmp_path_factory.mktemp("searched") / "project"))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from project import make_project, run
+from project import make_data, make_project, run
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
-from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
+from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.outcome import Outcome, report
 from sonosco_mlflow.runs import train
@@ -27,14 +27,7 @@ pytestmark = pytest.mark.usefixtures("tracking_store")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_project(tmp_path_factory.mktemp("runs") / "project")
-    config, data = recipe(folder), DataFolder(folder / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        make_corpus(config, data)
-        make_manifests(config, data)
-        make_features(config, data)
-    return folder
+    return make_data(make_project(tmp_path_factory.mktemp("runs") / "project"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from itertools import product
 
+import pytest
 import torch
 
 from sonosco_mlflow.data.loader import Batch
@@ -28,17 +29,20 @@ def test_steps_at_once_equal_steps_one_by_one(build: Callable[..., LAS], batch: 
             torch.testing.assert_close(attended[:, 0], weights[:, step], rtol=0, atol=1e-5)
 
 
-def test_input_feeding_lets_the_context_reach_the_next_step(build: Callable[..., LAS], batch: Batch) -> None:
-    """Attention at the second step depends on what was attended to at the first only with input feeding."""
-    for feeding in (False, True):
-        model = build("las", input_feeding=feeding).eval()
-        memory = model.encode(batch.features, batch.feature_lengths)
-        previous, _ = shifted(batch.tokens, batch.token_lengths)
-        bias = torch.zeros(8, previous.shape[1], memory.keys.shape[1])
-        _, free, _ = model.spell(previous, memory, bias=bias)
-        bias[:, 0, 1:] = float("-inf")
-        _, held, _ = model.spell(previous, memory, bias=bias)
-        assert torch.equal(free[:, 1], held[:, 1]) is not feeding
+@pytest.mark.parametrize(
+    ("settings", "does"), [({}, False), ({"input_feeding": True}, True), ({"attention": "location"}, True)]
+)
+def test_where_a_step_looked_reaches_the_next_one_only_if_that_reads_it(
+    build: Callable[..., LAS], batch: Batch, settings: dict[str, object], does: bool
+) -> None:
+    model = build("las", **settings).eval()
+    memory = model.encode(batch.features, batch.feature_lengths)
+    previous, _ = shifted(batch.tokens, batch.token_lengths)
+    bias = torch.zeros(8, previous.shape[1], memory.keys.shape[1])
+    _, free, _ = model.spell(previous, memory, bias=bias)
+    bias[:, 0, 1:] = float("-inf")
+    _, held, _ = model.spell(previous, memory, bias=bias)
+    assert torch.equal(free[:, 1], held[:, 1]) is not does
 
 
 def test_scheduled_sampling_draws_from_the_model(build: Callable[..., LAS], batch: Batch) -> None:
@@ -69,14 +73,3 @@ def test_scheduled_sampling_reaches_steps_that_are_made_one_by_one(build: Callab
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     reference, _, _ = model.spell(previous, memory)
     assert not torch.allclose(found, reference, rtol=0, atol=1e-3)
-
-
-def test_location_lets_the_last_weights_reach_the_next_step(build: Callable[..., LAS], batch: Batch) -> None:
-    model = build("las", attention="location").eval()
-    memory = model.encode(batch.features, batch.feature_lengths)
-    previous, _ = shifted(batch.tokens, batch.token_lengths)
-    bias = torch.zeros(8, previous.shape[1], memory.keys.shape[1])
-    _, free, _ = model.spell(previous, memory, bias=bias)
-    bias[:, 0, 1:] = float("-inf")
-    _, held, _ = model.spell(previous, memory, bias=bias)
-    assert not torch.equal(free[:, 1], held[:, 1])
