@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from sonosco_mlflow.config import LATER, Config, decisive, valid_keys
+from sonosco_mlflow.config import Config, valid_keys
+from sonosco_mlflow.decisive import LATER, decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.settings import flatten, plain_settings, settings_digest, settings_yaml
 

@@ -18,6 +18,7 @@ STOREYS = [
         "errors",
         "settings",
         "config",
+        "decisive",
         "console",
         "text",
         "background",

@@ -13,7 +13,7 @@ from sonosco_mlflow.decoding.search import GREEDY
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.language_models import train_language_model
 from sonosco_mlflow.runs import resume, train
-from sonosco_mlflow.tracking.rebuilt import _restore_language_model
+from sonosco_mlflow.tracking.rebuilt import restore_language_model
 from sonosco_mlflow.tracking.segments import Segment
 from sonosco_mlflow.trained import evaluate, recognizer_of
 
@@ -132,7 +132,7 @@ def test_what_is_made_again_decodes_with_the_same_language_model(project: Path, 
     content = arpa.read_bytes()
     arpa.unlink()
     settings = Segment(outcome.run_id).settings()
-    _restore_language_model(Segment(outcome.run_id), settings, tmp_path)
+    restore_language_model(Segment(outcome.run_id), settings, tmp_path)
     assert settings["decoding"]["language_model"] == "data/language_model.arpa"
     assert Config.resolve(settings, {}).decoding.beam == 4
     assert (tmp_path / "data" / "language_model.arpa").read_bytes() == content

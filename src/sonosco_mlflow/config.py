@@ -9,7 +9,7 @@ guessed: an unknown key, or a value of the wrong kind, is refused with the neare
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -25,27 +25,12 @@ NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-# What decides how a run goes on, but not a single bit of where it ends; the data's content has digests of its own.
-# Names of keys, and of sections.
-NOT_DECISIVE: tuple[str, ...] = (
-    "data.source",
-    "data.workers",
-    "data.processes",
-    "checkpoint",
-    "tracking",
-    "training.epochs",
-    "decoding",
-)
-
-# What came into the recipe later: at its default it leaves every result as it was, and does not count, so that a run
-# from before goes on. Names of keys, and of sections.
-LATER = (
-    *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
-    *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),
-)
-
 # `mlflow run -P model=tds` is short for the key that people set most.
 ALIASES = {"model": "model.name"}
+
+
+LanguageModelUnit = Literal["tokens", "words"]
+"""What the n-grams of a language model are made of."""
 
 
 class Section(BaseModel):
@@ -177,7 +162,7 @@ class Decoding(Section):
 
     beam: Positive = 1
     language_model: str | None = None
-    language_model_unit: Literal["tokens", "words"] = "tokens"
+    language_model_unit: LanguageModelUnit = "tokens"
     language_model_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     length_reward: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     length_normalisation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -323,31 +308,6 @@ def _set(tree: dict[str, object], key: str, value: object) -> None:
             raise UserError(f"{parent}: found {child!r}, expected a section of keys")
         node = child
     node[last] = value
-
-
-def decisive(settings: Mapping[str, object], *, is_recipe: bool) -> dict[str, Scalar]:
-    """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`).
-
-    What came later (:data:`LATER`) and stands at its default is left out as well. Of settings that are no recipe, but a
-    program's own, nobody here knows which these are: all of them are returned.
-    """
-    flat = dict(flatten(settings))
-    if not is_recipe:
-        return flat
-    idle = NOT_DECISIVE
-    if flat.get("training.average", "none") != "none":
-        # Which checkpoints there are decides what their mean is.
-        idle = tuple(name for name in idle if name != "checkpoint")
-    defaults = Config().flat()
-    return {
-        key: value
-        for key, value in flat.items()
-        if not _is_among(key, idle) and not (_is_among(key, LATER) and value == defaults.get(key))
-    }
-
-
-def _is_among(key: str, names: Iterable[str]) -> bool:
-    return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def _explain(key: str, details: Mapping[str, object]) -> str:

@@ -1,9 +1,8 @@
 """Language models of a recipe: made from its training transcripts, and brought to where a search needs them."""
 
 from pathlib import Path
-from typing import Literal
 
-from sonosco_mlflow.config import Config
+from sonosco_mlflow.config import Config, LanguageModelUnit
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.decoding.arpa import NGrams, write_arpa
@@ -16,10 +15,8 @@ from sonosco_mlflow.tracking.language_model import require_language_model
 from sonosco_mlflow.tracking.segments import Segment
 from sonosco_mlflow.vocabulary import read_tokenizer
 
-Unit = Literal["tokens", "words"]
 
-
-def train_language_model(folder: DataFolder, unit: Unit, order: int, path: Path) -> NGrams:
+def train_language_model(folder: DataFolder, unit: LanguageModelUnit, order: int, path: Path) -> NGrams:
     """Write the n-grams of the training transcripts, and of nothing else, as an ARPA file.
 
     Args:

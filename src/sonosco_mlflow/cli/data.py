@@ -1,20 +1,13 @@
 """The verbs that make data: each a stage of the pipeline, and all of them together."""
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Set, app, read_recipe
-
-
-class Unit(StrEnum):
-    """What the n-grams of a language model are made of."""
-
-    tokens = "tokens"
-    words = "words"
+from sonosco_mlflow.config import LanguageModelUnit
 
 
 @app.command(context_settings=RECIPE_KEYS)
@@ -72,7 +65,9 @@ def features(
 @app.command("language-model")
 def language_model(
     order: Annotated[int, typer.Option(min=1, help="Tokens or words of the longest n-grams.")] = 6,
-    unit: Annotated[Unit, typer.Option(help="Of the vocabulary's tokens, or of words (CTC only).")] = Unit.tokens,
+    unit: Annotated[
+        LanguageModelUnit, typer.Option(help="Of the vocabulary's tokens, or of words (CTC only).")
+    ] = "tokens",
     into: Annotated[Path, typer.Option(help="The ARPA file.")] = Path("data/language_model.arpa"),
     folder: Annotated[Path, typer.Option("--data", help="The data folder.")] = Path("data"),
 ) -> None:
@@ -80,10 +75,8 @@ def language_model(
     from sonosco_mlflow.data.stages import DataFolder
     from sonosco_mlflow.language_models import train_language_model
 
-    ngrams = train_language_model(DataFolder(folder), unit.value, order, into)
-    typer.echo(
-        f"{into}: {', '.join(str(len(found.words)) for found in ngrams.orders)} n-grams of 1 to {order} {unit.value}"
-    )
+    ngrams = train_language_model(DataFolder(folder), unit, order, into)
+    typer.echo(f"{into}: {', '.join(str(len(found.words)) for found in ngrams.orders)} n-grams of 1 to {order} {unit}")
 
 
 @app.command(context_settings=RECIPE_KEYS)

@@ -11,7 +11,8 @@ from typing import Self
 import torch
 
 from sonosco_mlflow.canary import canary
-from sonosco_mlflow.config import Config, decisive
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.decisive import decisive
 from sonosco_mlflow.settings import Scalar, settings_digest, settings_yaml
 from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
 from sonosco_mlflow.tracking.environment import Environment, describe_environment

@@ -118,7 +118,7 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
     place.mkdir(parents=True, exist_ok=True)
     settings = segment.settings()
     if command.trains_recipe:
-        _restore_language_model(segment, settings, place)
+        restore_language_model(segment, settings, place)
     (place / "params.yaml").write_text(settings_yaml(settings), encoding="utf-8")
     environment = segment.environment()
     python = Path(sys.executable) if manager == "local" else _build_environment(environment, folder / "environment")
@@ -126,7 +126,12 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
     return Rebuilt(tree, python, environment, command, has_data)
 
 
-def _restore_language_model(segment: Segment, settings: dict[str, Any], place: Path) -> None:
+def restore_language_model(segment: Segment, settings: dict[str, Any], place: Path) -> None:
+    """Put the language model that the run kept below ``place``, and let ``settings``, its recipe, name that file.
+
+    Raises:
+        UserError: its recipe names one, and it has kept none.
+    """
     decoding = settings.get("decoding", {})
     if decoding.get("language_model") is None:
         return

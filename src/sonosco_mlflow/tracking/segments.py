@@ -24,7 +24,8 @@ from mlflow.entities import Run
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from sonosco_mlflow.config import Config, decisive
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.decisive import decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import Checkpoint, position_of
 from sonosco_mlflow.settings import Scalar

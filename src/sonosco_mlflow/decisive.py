@@ -1,0 +1,50 @@
+"""Which settings decide the bits of a training's state: in these a run that goes on must not differ."""
+
+from collections.abc import Iterable, Mapping
+
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.settings import Scalar, flatten
+
+# What decides how a run goes on, but not a single bit of where it ends; the data's content has digests of its own.
+# Names of keys, and of sections.
+NOT_DECISIVE: tuple[str, ...] = (
+    "data.source",
+    "data.workers",
+    "data.processes",
+    "checkpoint",
+    "tracking",
+    "training.epochs",
+    "decoding",
+)
+
+# What came into the recipe later: at its default it leaves every result as it was, and does not count, so that a run
+# from before goes on. Names of keys, and of sections.
+LATER = (
+    *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
+    *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),
+)
+
+
+def decisive(settings: Mapping[str, object], *, is_recipe: bool) -> dict[str, Scalar]:
+    """Return the flat settings without those that change no bit of a state on its way (:data:`NOT_DECISIVE`).
+
+    What came later (:data:`LATER`) and stands at its default is left out as well. Of settings that are no recipe, but a
+    program's own, nobody here knows which these are: all of them are returned.
+    """
+    flat = dict(flatten(settings))
+    if not is_recipe:
+        return flat
+    idle = NOT_DECISIVE
+    if flat.get("training.average", "none") != "none":
+        # Which checkpoints there are decides what their mean is.
+        idle = tuple(name for name in idle if name != "checkpoint")
+    defaults = Config().flat()
+    return {
+        key: value
+        for key, value in flat.items()
+        if not _is_among(key, idle) and not (_is_among(key, LATER) and value == defaults.get(key))
+    }
+
+
+def _is_among(key: str, names: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
