@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sonosco_mlflow.config import decisive
+from sonosco_mlflow.decisive import decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
 from sonosco_mlflow.tracking.environment import Environment
