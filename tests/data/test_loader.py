@@ -124,6 +124,45 @@ def test_no_worker_outlives_a_program_that_ends_in_the_middle_of_an_epoch(
             program.kill()
 
 
+# A worker that comes to its first line when its program has been killed.
+LATE = """
+import os, sys, time
+from pathlib import Path
+from sonosco_mlflow.data import loader
+from sonosco_mlflow.data.manifest import Manifest
+from toy import tone_loader
+
+main, begin = os.getpid(), loader._leave_signals_to_main
+
+def begin_late(worker):
+    print(os.getpid(), flush=True)
+    while os.getppid() == main:
+        time.sleep(0.01)
+    begin(worker)
+
+loader._leave_signals_to_main = begin_late
+next(tone_loader(Manifest.read(Path(sys.argv[1])), workers=1).epoch(0))
+"""
+
+
+def test_no_worker_outlives_a_program_that_was_killed_before_it_began(tone_manifest: Manifest, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    tone_manifest.write(manifest)
+    command = [sys.executable, "-c", LATE, str(manifest)]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, env=variables) as program:
+        try:
+            assert program.stdout is not None
+            worker = psutil.Process(int(program.stdout.readline()))
+        finally:
+            program.kill()
+        try:
+            assert not psutil.wait_procs([worker], PATIENCE)[1]
+        finally:
+            if worker.is_running():
+                worker.kill()
+
+
 def test_an_epoch_begins_at_any_batch_without_those_before(
     tone_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,11 @@
+from collections.abc import Callable
+
+import pytest
 import torch
 
-from sonosco_mlflow.models.attention import Memory, attend, sequence_loss, shifted, soft_window
+from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.models.attention import AttentionModel, Memory, attend, sequence_loss, shifted, soft_window
+from sonosco_mlflow.models.energies import ENERGIES
 from sonosco_mlflow.text import SpecialToken
 
 PAD, SOS, EOS = int(SpecialToken.PAD), int(SpecialToken.SOS), int(SpecialToken.EOS)
@@ -21,6 +26,31 @@ def test_attention_is_the_scaled_inner_product() -> None:
     )
     context, _ = attend(torch.tensor([[[3.0, 1.0, 1.0, 1.0]]]), memory)
     torch.testing.assert_close(context.squeeze(), torch.tensor(3.0).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tds", {}),
+        *(("las", {"attention": energy, "input_feeding": fed}) for energy in ENERGIES for fed in (False, True)),
+    ],
+)
+def test_each_of_an_utterance_s_rows_attends_as_if_it_were_the_only_one(
+    build: Callable[..., AttentionModel], batch: Batch, name: str, settings: dict[str, object]
+) -> None:
+    model = build(name, **settings).eval()
+    memory = model.encode(batch.features, batch.feature_lengths)
+    previous = torch.randint(len(SpecialToken), 9, (2, 3, len(batch)))
+    alone: list[tuple[torch.Tensor, ...]] = []
+    for row in previous.unbind(1):
+        first, _, state = model.spell(row[0][:, None], memory)
+        second, weights, _ = model.spell(row[1][:, None], memory, state)
+        alone.append((first, second, weights))
+    together = previous.transpose(1, 2).flatten(1)
+    first, _, state = model.spell(together[0][:, None], memory)
+    second, weights, _ = model.spell(together[1][:, None], memory, state)
+    for side_by_side, apart in zip((first, second, weights), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(side_by_side, torch.stack(apart, dim=1).flatten(0, 1), rtol=0, atol=1e-5)
 
 
 def test_soft_window_peaks_on_each_utterance_s_own_diagonal() -> None:

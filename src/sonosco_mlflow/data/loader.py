@@ -90,23 +90,26 @@ class _Epoch(Dataset[Sample]):
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def _leave_signals_to_main(worker: int) -> None:
     """Let a worker go on when the whole process group is told to stop: the main process finishes its step first.
 
     To torch a worker that a signal ends is an error, which it raises in the middle of a step. The main process alone
-    may end a worker by SIGTERM, as torch does with those that hang.
+    may end a worker by SIGTERM, as torch does with those that hang. Torch's workers look whether their parent still is
+    the one that they began with, and so never miss one that was killed before they had begun: here they end too.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     main = multiprocessing.parent_process()
     assert main is not None
-    threading.Thread(target=_end_when_told_by, args=[main.pid], daemon=True).start()
+    threading.Thread(target=_end_with, args=[main.pid], daemon=True).start()
 
 
-def _end_when_told_by(main: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
-        pass
+def _end_with(main: int) -> None:
+    told = None
+    while os.getppid() == main and (told is None or told.si_pid != main):
+        told = signal.sigtimedwait([signal.SIGTERM], _SECONDS_BETWEEN_LOOKS)
     os._exit(0)
 
 

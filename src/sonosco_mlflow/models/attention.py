@@ -6,7 +6,8 @@ under teacher forcing, one step at a time in decoding.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.decoding.words import WordLanguageModel
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
+from sonosco_mlflow.models.energies import inner_product
 from sonosco_mlflow.models.layers import valid_frames
 from sonosco_mlflow.text import SpecialToken
 
@@ -37,33 +39,39 @@ class Memory:
     values: Tensor
     lengths: Tensor
 
-    def repeated(self, count: int) -> "Memory":
-        """Return a memory with ``count`` rows for each utterance, side by side."""
-        return Memory(*(getattr(self, field.name).repeat_interleave(count, dim=0) for field in fields(self)))
+    def of_utterances(self, rows: Tensor) -> Tensor:
+        """Return ``rows`` ``[rows, steps, size]``, an utterance's side by side, as ``[batch, rows * steps, size]``.
+
+        So that a product with an utterance's keys or values reads them once for all of its rows.
+        """
+        return rows.reshape(len(self.lengths), -1, rows.shape[-1])
 
 
-def attend(queries: Tensor, memory: Memory, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scaled inner-product attention of all steps at once.
+def attend(
+    queries: Tensor,
+    memory: Memory,
+    bias: Tensor | None = None,
+    energy: Callable[[Tensor, Tensor], Tensor] = inner_product,
+) -> tuple[Tensor, Tensor]:
+    """Attention of all steps at once.
 
     Args:
-        queries: ``[batch, steps, key]``.
+        queries: ``[rows, steps, key]``; a beam has several rows for each utterance, side by side.
         memory: what is attended to.
-        bias: ``[batch, steps, frames]``, added to the scores.
+        bias: ``[batch, steps, frames]``, added to the scores where an utterance has one row.
+        energy: scores queries and keys, as :class:`~sonosco_mlflow.models.energies.Energy` does.
 
     Returns:
-        Contexts ``[batch, steps, value]`` and weights ``[batch, steps, frames]``; padding frames weigh
+        Contexts ``[rows, steps, value]`` and weights ``[rows, steps, frames]``; padding frames weigh
         exactly 0.
     """
-    return weigh(queries @ memory.keys.transpose(1, 2) / memory.keys.shape[-1] ** 0.5, memory, bias)
-
-
-def weigh(scores: Tensor, memory: Memory, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return contexts and weights as :func:`attend` does, of ``scores`` ``[batch, steps, frames]``."""
+    scores = energy(memory.of_utterances(queries), memory.keys)
     if bias is not None:
         scores = scores + bias
     padding = ~valid_frames(memory.lengths, scores.shape[-1])
     weights = scores.masked_fill(padding[:, None, :], float("-inf")).softmax(dim=-1)
-    return weights @ memory.values, weights
+    contexts = weights @ memory.values
+    return contexts.view(*queries.shape[:2], -1), weights.view(*queries.shape[:2], -1)
 
 
 def soft_window(memory: Memory, steps: int, step_lengths: Tensor, sigma: float) -> Tensor:
@@ -143,14 +151,15 @@ class AttentionModel(SpeechModel):
         """Decode the steps that follow each of ``previous``.
 
         Args:
-            previous: ``[batch, steps]``, the tokens before each step.
+            previous: ``[rows, steps]``, the tokens before each step; a beam has several rows for each utterance,
+                side by side.
             memory: the encoded batch.
             state: what the call for the steps before returned; None at the start. The first dimension of each of
-                its tensors is the batch.
-            bias: ``[batch, steps, frames]``, added to the attention scores.
+                its tensors is that of the rows.
+            bias: ``[batch, steps, frames]``, added to the attention scores where an utterance has one row.
 
         Returns:
-            Logits ``[batch, steps, vocabulary]``, attention weights ``[batch, steps, frames]``, and the state
+            Logits ``[rows, steps, vocabulary]``, attention weights ``[rows, steps, frames]``, and the state
             after the last step.
         """
 
@@ -190,10 +199,9 @@ class AttentionModel(SpeechModel):
                 "know; make one by `sonosco language-model --unit tokens`"
             )
         memory = self.encode(batch.features, batch.feature_lengths)
-        rows = memory if search.is_greedy else memory.repeated(search.beam)
 
         def step(previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
-            logits, weights, state = self.spell(previous[:, None], rows, state)
+            logits, weights, state = self.spell(previous[:, None], memory, state)
             return logits[:, 0], weights[:, 0], state
 
         limits = 2 * memory.lengths + 10

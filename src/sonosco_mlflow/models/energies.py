@@ -18,10 +18,16 @@ from torch import Tensor, nn
 from sonosco_mlflow.models.stepwise import RepeatedProduct
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
-"""Scores ``[batch, 1, frames]`` of one step's query ``[batch, 1, size]`` and the last step's weights."""
+"""Scores ``[batch, rows, frames]`` of one step's queries ``[batch, rows, size]`` and the last step's weights."""
 
 
 ENERGIES = ("dot", "mlp", "additive", "location")
+
+
+def inner_product(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return scaled inner products ``[batch, steps, frames]``."""
+    scores: Tensor = queries @ keys.mT / keys.shape[-1] ** 0.5
+    return scores
 
 
 class Energy(nn.Module):
@@ -41,8 +47,7 @@ class InnerProduct(Energy):
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return ``[batch, steps, frames]`` of ``[batch, steps, size]`` and ``[batch, frames, size]``."""
-        scores: Tensor = queries @ keys.mT / keys.shape[-1] ** 0.5
-        return scores
+        return inner_product(queries, keys)
 
     def in_steps(self, keys: Tensor) -> Scorer:
         """Return what scores one step after another against the same keys."""
@@ -84,8 +89,9 @@ class LocationAware(Additive):
         """Return what scores one step after another against the same keys."""
 
         def scorer(query: Tensor, last_weights: Tensor) -> Tensor:
-            features = self.convolution(last_weights).mT
-            return self._scores(query + keys + self.locations(features))[:, None]
+            features = self.convolution(last_weights.flatten(0, 1)[:, None]).mT
+            locations = self.locations(features).unflatten(0, last_weights.shape[:2])
+            return self._scores(query[:, :, None] + keys[:, None] + locations)
 
         return scorer
 

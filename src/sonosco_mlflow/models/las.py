@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sonosco_mlflow.decoding.greedy import State
 from sonosco_mlflow.errors import UserError, nearest
-from sonosco_mlflow.models.attention import AttentionModel, Memory, weigh
+from sonosco_mlflow.models.attention import AttentionModel, Memory, attend
 from sonosco_mlflow.models.energies import ENERGIES, build_energy, projection
 from sonosco_mlflow.models.layers import Dropout, Recurrent, join_neighbours, subsampled, valid_frames
 from sonosco_mlflow.models.stepwise import LSTMSteps, RepeatedProduct, repeated
@@ -172,7 +172,7 @@ class LAS(AttentionModel):
             return self._spell_in_steps(previous, memory, state, bias)
         levels = None if state is None else tuple(part.transpose(0, 1).contiguous() for part in state)
         hidden, levels = self.speller(self.embedding(previous), levels)
-        contexts, weights = weigh(self.energy(self.queries(hidden), memory.keys), memory, bias)
+        contexts, weights = attend(self.queries(hidden), memory, bias, self.energy)
         logits = self.output(torch.cat([hidden, contexts], dim=-1))
         return logits, weights, tuple(part.transpose(0, 1) for part in levels)
 
@@ -207,18 +207,18 @@ class LAS(AttentionModel):
         sampling: float = 0.0,
     ) -> tuple[Tensor, Tensor, State]:
         """Decode step by step; with the probability ``sampling`` a step reads what the last one predicts."""
-        batch, steps = previous.shape
+        rows, steps = previous.shape
         if state is None:
-            levels = memory.values.new_zeros(batch, self.speller.num_layers, self.speller.hidden_size)
-            weights = memory.values.new_zeros(batch, 1, memory.values.shape[1])
-            context, hidden, cells = memory.values.new_zeros(batch, 1, memory.values.shape[2]), levels, levels
+            levels = memory.values.new_zeros(rows, self.speller.num_layers, self.speller.hidden_size)
+            weights = memory.values.new_zeros(rows, 1, memory.values.shape[1])
+            context, hidden, cells = memory.values.new_zeros(rows, 1, memory.values.shape[2]), levels, levels
         else:
             context, weights, hidden, cells = state
         speller = LSTMSteps(self.speller, self.embedding.embedding_dim)
         queries, scores = repeated(self.queries), self.energy.in_steps(memory.keys)
         read = RepeatedProduct(memory.values.mT)
         padding = ~valid_frames(memory.lengths, memory.keys.shape[1])[:, None]
-        blocked = torch.zeros_like(weights).masked_fill(padding, float("-inf"))
+        blocked = memory.values.new_zeros(padding.shape).masked_fill(padding, float("-inf"))
         biases = (blocked if bias is None else blocked + bias).expand(-1, steps, -1)
         of_tokens = speller.of_tokens(self.embedding(previous))
         replaced = torch.rand(previous.shape, device=previous.device) < sampling if sampling else None
@@ -234,8 +234,9 @@ class LAS(AttentionModel):
             fed = context if self.input_feeding else context[..., :0]
             hidden, cells = speller(of_token, fed, hidden, cells)
             top = hidden[:, -1:]
-            weights = (scores(queries(top), weights) + biases[:, step : step + 1]).softmax(dim=-1)
-            context = read(weights)
+            energies = scores(memory.of_utterances(queries(top)), memory.of_utterances(weights))
+            attended = (energies + biases[:, step : step + 1]).softmax(dim=-1)
+            context, weights = read(attended).view(rows, 1, -1), attended.view(rows, 1, -1)
             made.append((torch.cat([top, context], dim=-1), weights))
         joined, all_weights = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
         return self.output(joined), all_weights, (context, weights, hidden, cells)
