@@ -6,6 +6,7 @@ import mlflow
 import pytest
 
 from project import make_data, make_project
+from sonosco_mlflow import cli
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.decoding.arpa import read_arpa
@@ -59,6 +60,27 @@ def test_a_language_model_is_made_of_the_training_transcripts(project: Path, arp
     assert "of the training manifest" in ngrams.comments[0]
     train_language_model(data, "words", 2, tmp_path / "words.arpa")
     assert all(len(word) > 1 for word in read_arpa(tmp_path / "words.arpa").words)
+
+
+def test_the_command_line_makes_one_of_the_recipe_s_own_data(
+    project: Path, arpa: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = project / "elsewhere" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_bytes((project / "params.yaml").read_bytes())
+    monkeypatch.chdir(project)
+    options = ["--params", str(recipe), "--no-prepare", "--order", "3", "--into", "data/by_hand.arpa"]
+    monkeypatch.setattr("sys.argv", ["sonosco", "language-model", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert (project / "data" / "by_hand.arpa").read_bytes() == arpa.read_bytes()
+    assert "data/by_hand.arpa: 8, " in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["sonosco", "language-model", *options, "--set", "tokenizer.size=7"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "train.jsonl: there is no such manifest" in capsys.readouterr().err
 
 
 def test_a_run_is_decoded_as_its_recipe_says_and_keeps_what_it_takes(project: Path, arpa: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Set, app, read_recipe
+from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Prepare, Set, app, read_recipe
 from sonosco_mlflow.config import LanguageModelUnit
 
 
@@ -62,20 +62,25 @@ def features(
         make_features(config, DataFolder(into), progress)
 
 
-@app.command("language-model")
+@app.command("language-model", context_settings=RECIPE_KEYS)
 def language_model(
+    context: typer.Context,
     order: Annotated[int, typer.Option(min=1, help="Tokens or words of the longest n-grams.")] = 6,
     unit: Annotated[
         LanguageModelUnit, typer.Option(help="Of the vocabulary's tokens, or of words (CTC only).")
     ] = "tokens",
     into: Annotated[Path, typer.Option(help="The ARPA file.")] = Path("data/language_model.arpa"),
-    folder: Annotated[Path, typer.Option("--data", help="The data folder.")] = Path("data"),
+    settings: Set = None,
+    prepare: Prepare = True,
+    params: Params = PARAMS,
 ) -> None:
-    """Train an n-gram on the training transcripts, for --set decoding.language_model=FILE."""
-    from sonosco_mlflow.data.stages import DataFolder
+    """Train an n-gram on the recipe's training transcripts, for --set decoding.language_model=FILE."""
     from sonosco_mlflow.language_models import train_language_model
+    from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 
-    ngrams = train_language_model(DataFolder(folder), unit, order, into)
+    config = read_recipe(context, settings, params)
+    folder = (prepare_data if prepare else ready_data)(config, Path())
+    ngrams = train_language_model(folder, unit, order, into)
     typer.echo(f"{into}: {', '.join(str(len(found.words)) for found in ngrams.orders)} n-grams of 1 to {order} {unit}")
 
 
