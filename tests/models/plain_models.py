@@ -138,6 +138,14 @@ def ctc(log_probs: Tensor, tokens: Sequence[int]) -> Tensor:
     return torch.stack(alphas[-2:]).logsumexp(0)
 
 
+def joint_loss(weights: Weights, settings: dict, loss: Tensor, values: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Equation 13 of Watanabe et al. 2017, each likelihood divided by the number of tokens that it is of."""
+    if not settings["ctc_weight"]:
+        return loss
+    heard = ctc(linear(weights, "ctc_output", values).log_softmax(-1), tokens)
+    return (1 - settings["ctc_weight"]) * loss - settings["ctc_weight"] * heard / len(tokens)
+
+
 # ---------------------------------------------------------------------- TDS
 
 
@@ -175,6 +183,7 @@ def tds(weights: Weights, settings: dict, frames: Tensor, tokens: Sequence[int])
         logits.append(linear(weights, "output", torch.cat([attended @ values, hidden])))
         alignment.append(attended)
     loss = smoothed_cross_entropy(logits, [*tokens, int(SpecialToken.EOS)], settings["label_smoothing"])
+    loss = joint_loss(weights, settings, loss, values, tokens)
     return loss, torch.stack(logits), torch.stack(alignment)
 
 
@@ -244,6 +253,7 @@ def las(
         logits.append(linear(weights, "output.3", inner))
         alignment.append(attended)
     loss = smoothed_cross_entropy(logits, [*tokens, int(SpecialToken.EOS)], settings["label_smoothing"])
+    loss = joint_loss(weights, settings, loss, heard, tokens)
     return loss, torch.stack(logits), torch.stack(alignment)
 
 

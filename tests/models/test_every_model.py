@@ -31,7 +31,9 @@ VARIANTS = [
     pytest.param(
         ("las", {"attention": "location", "input_feeding": True, "speller_layers": 2}), id="las-location-input-feeding"
     ),
+    pytest.param(("las", {"ctc_weight": 0.3}), id="las-ctc"),
     pytest.param(("tds", {}), id="tds"),
+    pytest.param(("tds", {"ctc_weight": 0.3}), id="tds-ctc"),
 ]
 
 

@@ -55,6 +55,7 @@ def test_settings_replace_those_of_the_preset() -> None:
         ("deepspeech2", "small", {"look_ahead": 4}, "look_ahead is 4, .* set model.settings.bidirectional to false"),
         ("las", "small", {"attention": "locatoin"}, "model.settings.attention is 'locatoin': did you mean 'location'"),
         ("las", "small", {"location_width": 4}, "model.settings.location_width is 4, expected an odd number"),
+        ("las", "small", {"ctc_weight": 1.5}, "model.settings.ctc_weight is 1.5, expected a share from 0 to 1"),
         ("deepspeech2", "small", {"dropout": 2.0}, "model.settings .* make no deepspeech2 model: dropout"),
     ],
 )
@@ -82,7 +83,11 @@ def test_weights_follow_from_the_seed_and_the_description_rebuilds_the_model(
 
 
 # Settings that came after the first models were kept.
-LATER = {"las": ["attention", "location_filters", "location_width"], "deepspeech2": ["look_ahead"], "tds": []}
+LATER = {
+    "las": ["attention", "location_filters", "location_width", "ctc_weight"],
+    "deepspeech2": ["look_ahead"],
+    "tds": ["ctc_weight"],
+}
 
 
 @pytest.mark.parametrize("name", MODELS)

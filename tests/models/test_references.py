@@ -71,8 +71,12 @@ def assert_equal_attention(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"blocks": [1, 2, 1], "channels": [2, 3, 4], "strides": [2, 2, 2], "kernel": 5}],
-    ids=["small", "three-groups"],
+    [
+        {},
+        {"blocks": [1, 2, 1], "channels": [2, 3, 4], "strides": [2, 2, 2], "kernel": 5},
+        {"strides": [2, 1], "ctc_weight": 0.3},
+    ],
+    ids=["small", "three-groups", "ctc"],
 )
 def test_tds(changes: dict, batch: Batch) -> None:
     model, settings = double_model("tds", decoder_size=8, random_sampling=0.0, soft_window_sigma=1.0, **changes)
@@ -105,6 +109,22 @@ def test_las(attention: str, feeding: bool, layers: int, joined: list[int], batc
         for frames, tokens in zip(utterances(batch), TOKENS, strict=True)
     ]
     assert_equal_attention(model, model(batch), expected)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_las_with_a_ctc_loss(weight: float, batch: Batch) -> None:
+    model, settings = double_model("las", **SMALL_LAS, joined_frames=[1, 2], ctc_weight=weight)
+    expected = [
+        plain.las(model.get_parameter, settings, frames, tokens)
+        for frames, tokens in zip(utterances(batch), TOKENS, strict=True)
+    ]
+    loss = torch.stack([loss for loss, _, _ in expected]).mean()
+    assert_equal(model(batch).loss, loss, "loss")
+    # A validation loss is the likelihood of the decoder, which is what spells.
+    apart, _ = double_model("las", **SMALL_LAS, joined_frames=[1, 2])
+    apart.load_state_dict(model.state_dict(), strict=False)
+    assert_equal(model.eval()(batch).loss, apart.eval()(batch).loss, "validation loss")
+    assert (loss - model(batch).loss).abs() > 1e-3
 
 
 @pytest.mark.parametrize("attention", ["dot", "location"])

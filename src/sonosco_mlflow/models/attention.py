@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from sonosco_mlflow.data.loader import Batch
@@ -20,6 +20,7 @@ from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.decoding.words import WordLanguageModel
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
+from sonosco_mlflow.models.ctc import ctc_loss
 from sonosco_mlflow.models.energies import inner_product
 from sonosco_mlflow.models.layers import valid_frames
 from sonosco_mlflow.text import SpecialToken
@@ -127,6 +128,14 @@ class AttentionModel(SpeechModel):
         label_smoothing: share of the target distribution spread evenly, in training only, so that a
             validation loss is a likelihood.
         soft_window_sigma: width of the soft window in encoder frames.
+        ctc_weight: share of the training loss that is the CTC loss of a linear layer above the values, 0 for none
+            (Watanabe et al. 2017, *Hybrid CTC/Attention Architecture for End-to-End Speech Recognition*). It holds
+            the encoder to reading from left to right, and is not used in decoding.
+        value_size: features of a value.
+        vocabulary_size: number of token ids.
+
+    Raises:
+        UserError: ``ctc_weight`` is none of 0 to 1.
 
     Attributes:
         soft_window: whether training adds :func:`soft_window` to the attention scores. It teaches a new model
@@ -134,8 +143,19 @@ class AttentionModel(SpeechModel):
             evaluation, where the number of steps is not known.
     """
 
-    def __init__(self, label_smoothing: float, soft_window_sigma: float) -> None:
+    def __init__(
+        self,
+        label_smoothing: float,
+        soft_window_sigma: float,
+        ctc_weight: float,
+        value_size: int,
+        vocabulary_size: int,
+    ) -> None:
         super().__init__()
+        if not 0.0 <= ctc_weight <= 1.0:
+            raise UserError(f"model.settings.ctc_weight is {ctc_weight}, expected a share from 0 to 1")
+        self.ctc_weight = ctc_weight
+        self.ctc_output = nn.Linear(value_size, vocabulary_size) if ctc_weight else None
         self.label_smoothing = label_smoothing
         self.soft_window_sigma = soft_window_sigma
         self.soft_window = False
@@ -185,6 +205,9 @@ class AttentionModel(SpeechModel):
         else:
             logits, weights, _ = self.spell(previous, memory)
         loss = sequence_loss(logits, targets, lengths, self.label_smoothing if self.training else 0.0)
+        if self.training and self.ctc_output is not None:
+            heard = self.ctc_output(memory.values).log_softmax(dim=-1)
+            loss = torch.lerp(loss, ctc_loss(heard, memory.lengths, batch), self.ctc_weight)
         return ModelOutput(loss, logits, lengths, weights)
 
     @torch.no_grad()

@@ -12,6 +12,20 @@ from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
 
 
+def ctc_loss(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+    """Return the mean over utterances of each one's negative log-likelihood per token, summed over alignments.
+
+    An utterance with too few frames for its tokens counts as 0 and gives no gradient.
+
+    Args:
+        log_probs: ``[batch, frames, vocabulary]``.
+        lengths: ``[batch]``, frames of each utterance.
+        batch: what was said in it.
+    """
+    likelihoods = ctc_log_likelihood(log_probs, lengths, batch.tokens, batch.token_lengths)
+    return -(likelihoods / batch.token_lengths.cpu().clamp_min(1)).mean().to(log_probs.device)
+
+
 class CTCModel(SpeechModel):
     """A model with connectionist temporal classification (Graves et al. 2006) over :meth:`log_probabilities`."""
 
@@ -25,15 +39,9 @@ class CTCModel(SpeechModel):
         """
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Return CTC loss and log-probabilities of ``batch``.
-
-        An utterance's loss is the negative log-likelihood of its tokens divided by their number; one with too
-        few encoder frames for its tokens counts as 0 and gives no gradient.
-        """
+        """Return CTC loss and log-probabilities of ``batch``."""
         log_probs, lengths = self.log_probabilities(batch.features, batch.feature_lengths)
-        likelihoods = ctc_log_likelihood(log_probs, lengths, batch.tokens, batch.token_lengths)
-        loss = -(likelihoods / batch.token_lengths.cpu().clamp_min(1)).mean()
-        return ModelOutput(loss.to(log_probs.device), log_probs, lengths)
+        return ModelOutput(ctc_loss(log_probs, lengths, batch), log_probs, lengths)
 
     @torch.no_grad()
     def search(self, batch: Batch, search: Search) -> list[list[Hypothesis]]:

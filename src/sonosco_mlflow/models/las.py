@@ -74,9 +74,10 @@ class LAS(AttentionModel):
         attention: "dot", "mlp", "additive" or "location": :mod:`sonosco_mlflow.models.energies`.
         location_filters: convolutions over the last step's weights in location-aware attention.
         location_width: encoder frames that they span; odd.
+        ctc_weight: share of the training loss that is a CTC loss above the listener, 0 for none.
 
     Raises:
-        UserError: the attention is unknown, or ``location_width`` is even.
+        UserError: ``ctc_weight`` is none of 0 to 1, the attention is unknown, or ``location_width`` is even.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
@@ -94,6 +95,7 @@ class LAS(AttentionModel):
             "attention": "dot",
             "location_filters": 10,
             "location_width": 25,
+            "ctc_weight": 0.0,
         },
         "paper": {
             "listener_size": 256,
@@ -109,6 +111,7 @@ class LAS(AttentionModel):
             "attention": "mlp",
             "location_filters": 10,
             "location_width": 25,
+            "ctc_weight": 0.0,
         },
     }
 
@@ -130,8 +133,9 @@ class LAS(AttentionModel):
         attention: str = "dot",
         location_filters: int = 10,
         location_width: int = 25,
+        ctc_weight: float = 0.0,
     ) -> None:
-        super().__init__(label_smoothing, soft_window_sigma)
+        super().__init__(label_smoothing, soft_window_sigma, ctc_weight, 2 * listener_size, vocabulary_size)
         if attention not in ENERGIES:
             raise UserError(f"model.settings.attention is '{attention}': {nearest(attention, ENERGIES)}")
         if location_width % 2 == 0:

@@ -144,9 +144,11 @@ class TDS(AttentionModel):
         random_sampling: probability that training replaces a previous token by one drawn evenly (section
             3.3).
         soft_window_sigma: width of the soft window in encoder frames.
+        ctc_weight: share of the training loss that is a CTC loss above the values, 0 for none.
 
     Raises:
-        UserError: ``channels``, ``blocks`` and ``strides`` differ in length, or ``kernel`` is even.
+        UserError: ``ctc_weight`` is none of 0 to 1, ``channels``, ``blocks`` and ``strides`` differ in length, or
+            ``kernel`` is even.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
@@ -160,6 +162,7 @@ class TDS(AttentionModel):
             "label_smoothing": 0.05,
             "random_sampling": 0.01,
             "soft_window_sigma": 4.0,
+            "ctc_weight": 0.0,
         },
         "paper": {
             "channels": [10, 14, 18],
@@ -171,6 +174,7 @@ class TDS(AttentionModel):
             "label_smoothing": 0.05,
             "random_sampling": 0.01,
             "soft_window_sigma": 4.0,
+            "ctc_weight": 0.0,
         },
     }
 
@@ -188,8 +192,9 @@ class TDS(AttentionModel):
         label_smoothing: float,
         random_sampling: float,
         soft_window_sigma: float,
+        ctc_weight: float = 0.0,
     ) -> None:
-        super().__init__(label_smoothing, soft_window_sigma)
+        super().__init__(label_smoothing, soft_window_sigma, ctc_weight, decoder_size, vocabulary_size)
         if not len(channels) == len(blocks) == len(strides):
             raise UserError(
                 f"model.settings: channels {list(channels)}, blocks {list(blocks)} and strides "
