@@ -3,11 +3,12 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sonosco_mlflow.decoding.greedy import State, Step, without_special
+from sonosco_mlflow.decoding.greedy import State, without_special
 from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.text import SpecialToken
 
@@ -56,7 +57,7 @@ class Speaker:
 
     def __init__(self, logits: Tensor, peaks: Tensor, frames: int) -> None:
         self.logits, self.peaks, self.frames = logits, peaks, frames
-        self.calls = 0
+        self.calls = self.rows = 0
 
     @classmethod
     def random(
@@ -70,17 +71,9 @@ class Speaker:
         rows = slice(utterance, utterance + 1)
         return Speaker(self.logits[rows], self.peaks[rows], self.frames)
 
-    def steps(self, beam: int) -> Step:
-        """Return its step for ``beam`` rows an utterance."""
-        utterances = torch.arange(len(self.logits)).repeat_interleave(beam)
-
-        def step(previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
-            self.calls += 1
-            situation = torch.zeros_like(previous) if state is None else (31 * state[0] + previous) % 97
-            weights = nn.functional.one_hot(self.peaks[utterances, situation], self.frames).float()
-            return self.logits[utterances, situation], weights, (situation,)
-
-        return step
+    def steps(self, beam: int) -> "SpeakerSteps":
+        """Return its steps for ``beam`` rows an utterance."""
+        return SpeakerSteps(self, beam, torch.arange(len(self.logits)))
 
     def plainly(self, utterance: int, said: Sequence[int]) -> tuple[list[float], int]:
         """Return the log-probabilities of the next token, and where it looks for it."""
@@ -89,6 +82,26 @@ class Speaker:
             situation = (31 * situation + token) % 97
         log_probs = self.logits[utterance, situation].log_softmax(dim=-1)
         return [float(value) for value in log_probs], int(self.peaks[utterance, situation])
+
+
+@dataclass(frozen=True)
+class SpeakerSteps:
+    """Steps of some of a speaker's utterances."""
+
+    speaker: Speaker
+    beam: int
+    utterances: Tensor
+
+    def __call__(self, previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
+        speaker, utterances = self.speaker, self.utterances.repeat_interleave(self.beam)
+        speaker.calls += 1
+        speaker.rows += len(previous)
+        situation = torch.zeros_like(previous) if state is None else (31 * state[0] + previous) % 97
+        weights = nn.functional.one_hot(speaker.peaks[utterances, situation], speaker.frames).float()
+        return speaker.logits[utterances, situation], weights, (situation,)
+
+    def of(self, utterances: Tensor) -> "SpeakerSteps":
+        return replace(self, utterances=self.utterances[utterances])
 
 
 def all_sentences(

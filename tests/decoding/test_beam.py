@@ -186,6 +186,14 @@ def test_the_search_ends_when_nothing_better_can_come() -> None:
     assert speaker.calls == 3
 
 
+def test_utterances_that_are_done_are_searched_no_more() -> None:
+    speaker = Speaker.random(generator(2), 4, 3)
+    speaker.logits[..., EOS] = NEVER
+    searched(speaker, [1, 8, 1, 3], Search(beam=2))
+    assert speaker.calls == 8
+    assert speaker.rows == 2 * (4 + 2 + 2 + 5 * 1)
+
+
 def test_a_reward_to_come_keeps_the_search_going() -> None:
     """A second token is unlikely, but once it is said each further one is certain, and rewarded."""
     says = {(A,) * count: {A: 1.0, EOS: 1e-9} for count in range(1, 6)}

@@ -6,6 +6,7 @@ its place, so that a wider beam never finds worse than it.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sonosco_mlflow.decoding.greedy import Decoded, State, Step, without_special
+from sonosco_mlflow.decoding.greedy import Decoded, State, Steps, without_special
 from sonosco_mlflow.decoding.search import Search, TokenScores
 from sonosco_mlflow.text import SpecialToken
 
 NEVER = float("-inf")
+MOST_TO_GO_ON = 0.8
+"""Share of the utterances in a batch that must still be searched for none of the others to be left."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,18 @@ class Ended:
     @classmethod
     def none(cls, batch: int, n_best: int, device: torch.device) -> "Ended":
         """Return places for ``n_best`` hypotheses of each utterance, all empty."""
-        scores = torch.full((batch, n_best), NEVER, dtype=torch.float64, device=device)
-        numbers = torch.zeros((batch, n_best), dtype=torch.int64, device=device)
-        return cls(scores, scores, numbers, numbers, numbers)
+        scores = [torch.full((batch, n_best), NEVER, dtype=torch.float64, device=device) for _ in range(2)]
+        numbers = [torch.zeros((batch, n_best), dtype=torch.int64, device=device) for _ in range(3)]
+        return cls(*scores, *numbers)
+
+    def of(self, utterances: Tensor) -> "Ended":
+        """Return those of some of the utterances."""
+        return Ended(*(part[utterances] for part in vars(self).values()))
+
+    def put(self, utterances: Tensor, other: "Ended") -> None:
+        """Take ``other`` for these utterances."""
+        for name, part in vars(other).items():
+            getattr(self, name)[utterances] = part
 
     def joined(self, other: "Ended") -> "Ended":
         """Return the best of both; of equals, the earlier ones."""
@@ -53,7 +65,24 @@ class Ended:
         return Ended(rank.gather(1, order), *(torch.cat(pair, dim=1).gather(1, order) for pair in pairs))
 
 
-def attention_beam(step: Step, limits: Tensor, search: Search) -> list[list[Decoded]]:
+@dataclass(frozen=True)
+class Taken:
+    """What one step made of the utterances that were searched in it.
+
+    Attributes:
+        utterances: ``[searched]``, their places in the batch.
+        parents: ``[searched, beam]``, the row that each child comes from.
+        tokens: ``[searched, beam]``, what it says.
+        weights: ``[searched, beam, frames]``, where each of the rows before looked.
+    """
+
+    utterances: Tensor
+    parents: Tensor
+    tokens: Tensor
+    weights: Tensor
+
+
+def attention_beam(steps: Steps, limits: Tensor, search: Search) -> list[list[Decoded]]:
     """Return up to ``search.n_best`` hypotheses of each utterance, best first, each token sequence once.
 
     A child goes on if it is among the ``beam`` best of its utterance's that do not end; one that ends counts if it is
@@ -62,71 +91,120 @@ def attention_beam(step: Step, limits: Tensor, search: Search) -> list[list[Deco
     an utterance with nothing, that step is taken without them.
 
     Args:
-        step: as for greedy decoding, with ``batch * beam`` rows, an utterance's side by side.
+        steps: the decoder's, with ``batch * beam`` rows, an utterance's side by side.
         limits: ``[batch]`` int64, at least 1; the greatest number of steps of each utterance.
         search: the settings; its language model is one over tokens.
     """
-    batch, beam, device = len(limits), search.beam, limits.device
-    first_rows = torch.arange(batch, device=device)[:, None] * beam
-    model = torch.full((batch, beam), NEVER, dtype=torch.float64, device=device)
-    model[:, 0] = 0.0
-    fusion = Fusion(search, batch * beam, device)
-    peaks = torch.full((batch, beam), -1, device=device)
-    follows_greedy = torch.ones(batch, dtype=torch.bool, device=device)
-    active = torch.ones_like(follows_greedy)
-    ended = Ended.none(batch, search.n_best, device)
-    previous = torch.full((batch * beam,), int(SpecialToken.SOS), device=device)
-    state: State | None = None
-    parents: list[Tensor] = []
-    tokens: list[Tensor] = []
-    weights: list[Tensor] = []
-    while bool(active.any()):
-        number = len(weights)
-        logits, attended, state = step(previous, state)
-        weights.append(attended.view(batch, beam, -1))
-        log_probs = logits.log_softmax(dim=-1).double().view(batch, beam, -1)
-        vocabulary = log_probs.shape[-1]
-        scores = (model[..., None] + log_probs).flatten(1)
-        totals = fusion.totals(scores, vocabulary)
+    ended = Ended.none(len(limits), search.n_best, limits.device)
+    beams = Beams(steps, limits, search)
+    taken = []
+    while len(beams.utterances):
+        taken.append(beams.take_step())
+        beams.leave_done(ended)
+    return _traced(ended, taken)
 
-        last_peaks, peaks = peaks, weights[-1].argmax(dim=-1)
+
+class Beams:
+    """The hypotheses that go on, ``[searched, beam]`` for the utterances that are still searched.
+
+    Args:
+        steps: the decoder's.
+        limits: ``[batch]``, the greatest number of steps of each utterance.
+        search: the settings.
+
+    Attributes:
+        utterances: ``[searched]``, places in the batch.
+        ended: the best of each that have come to their end.
+    """
+
+    def __init__(self, steps: Steps, limits: Tensor, search: Search) -> None:
+        batch, beam, device = len(limits), search.beam, limits.device
+        self.search = search
+        self.utterances = torch.arange(batch, device=device)
+        self.ended = Ended.none(batch, search.n_best, device)
+        self._steps, self._limits = steps, limits
+        self._number = 0
+        self._model = torch.full((batch, beam), NEVER, dtype=torch.float64, device=device)
+        self._model[:, 0] = 0.0
+        self._fusion = Fusion(search, batch * beam, device)
+        self._peaks = torch.full((batch, beam), -1, device=device)
+        self._follows_greedy = torch.ones(batch, dtype=torch.bool, device=device)
+        self._active = torch.ones_like(self._follows_greedy)
+        self._previous = torch.full((batch * beam,), int(SpecialToken.SOS), device=device)
+        self._state: State | None = None
+        self._places = torch.arange(2 * beam, device=device)
+        self._first_rows = self._rows_of(self.utterances)[:, :1]
+
+    def take_step(self) -> Taken:
+        """Let every hypothesis say one more token, and keep the best."""
+        beam, search = self.search.beam, self.search
+        logits, attended, state = self._steps(self._previous, self._state)
+        weights = attended.view(-1, beam, attended.shape[-1])
+        log_probs = logits.log_softmax(dim=-1).double().view(-1, beam, logits.shape[-1])
+        vocabulary = log_probs.shape[-1]
+        scores = (self._model[..., None] + log_probs).flatten(1)
+        totals = self._fusion.totals(scores, vocabulary)
         if search.is_limited:
-            allowed = totals.masked_fill(_refused(log_probs, last_peaks, peaks, search).flatten(1), NEVER)
-            stuck = (allowed.amax(dim=1) == NEVER) & (ended.rank[:, 0] == NEVER)
+            last_peaks, self._peaks = self._peaks, weights.argmax(dim=-1)
+            allowed = totals.masked_fill(_refused(log_probs, last_peaks, self._peaks, search).flatten(1), NEVER)
+            stuck = (allowed.amax(dim=1) == NEVER) & (self.ended.rank[:, 0] == NEVER)
             totals = torch.where(stuck[:, None], totals, allowed)
 
-        children, follows_greedy = _best_children(totals, vocabulary, beam, follows_greedy)
+        children, self._follows_greedy = _best_children(totals, vocabulary, beam, self._follows_greedy)
         rank, score = totals.gather(1, children), scores.gather(1, children)
         parent, token = children // vocabulary, children % vocabulary
-
         ends = token == SpecialToken.EOS
-        comes_to_end = ((ends | (limits <= number + 1)[:, None]) & active[:, None])[:, :beam]
-        if bool(comes_to_end.any()):
-            normalised = _normalised(rank[:, :beam], number + 1, search).masked_fill(~comes_to_end, NEVER)
-            own = (part[:, :beam] for part in (score, torch.full_like(parent, number), parent, token))
-            ended = ended.joined(Ended(normalised, *own))
+        self._end(ends, rank, score, parent, token)
 
         # Those that do not end, in their order; the places behind them stay empty.
-        places = torch.arange(children.shape[1], device=device)
+        places = self._places[: children.shape[1]]
         going = (places + len(places) * ends).topk(min(beam, len(places)), dim=1, largest=False).indices
         going = functional.pad(going, (0, beam - going.shape[1]))
-        is_empty = (
-            ends.gather(1, going) | (rank.gather(1, going) == NEVER) | (torch.arange(beam, device=device) > places[-1])
-        )
+        is_empty = ends.gather(1, going) | (rank.gather(1, going) == NEVER) | (self._places[:beam] >= len(places))
         parent, token = parent.gather(1, going), token.gather(1, going)
-        model = score.gather(1, going).masked_fill(is_empty, NEVER)
-        parents.append(parent)
-        tokens.append(token)
-        rows = (first_rows + parent).flatten()
-        previous = token.flatten()
-        state = tuple(tensor.index_select(0, rows) for tensor in state)
-        peaks = peaks.gather(1, parent)
-        fusion.follow(rows, previous)
-        live = (model + fusion.bonus.view(batch, beam)).amax(dim=1)
-        active = active & (limits > number + 1) & (_reachable(live, number + 1, limits, search) > ended.rank[:, -1])
-        if beam == 1:
-            active = active & follows_greedy
-    return _traced(ended, parents, tokens, weights)
+        self._model = score.gather(1, going).masked_fill(is_empty, NEVER)
+        rows = (self._first_rows + parent).flatten()
+        self._previous = token.flatten()
+        self._state = tuple(tensor.index_select(0, rows) for tensor in state)
+        self._peaks = self._peaks.gather(1, parent)
+        self._fusion.follow(rows, self._previous)
+        self._number += 1
+        return Taken(self.utterances, parent, token, weights)
+
+    def _end(self, ends: Tensor, rank: Tensor, score: Tensor, parent: Tensor, token: Tensor) -> None:
+        """Keep those of the children that have come to their end, by the end of sentence or at the limit."""
+        beam = self.search.beam
+        at_limit = self._limits <= self._number + 1
+        comes_to_end = ((ends | at_limit[:, None]) & self._active[:, None])[:, :beam]
+        if bool(comes_to_end.any()):
+            normalised = _normalised(rank[:, :beam], self._number + 1, self.search)
+            own = (part[:, :beam] for part in (score, torch.full_like(parent, self._number), parent, token))
+            self.ended = self.ended.joined(Ended(normalised.masked_fill(~comes_to_end, NEVER), *own))
+
+    def leave_done(self, ended: Ended) -> None:
+        """Search no more where nothing better can come; what was found there goes to ``ended``, of the whole batch."""
+        best = (self._model + self._fusion.bonus.view_as(self._model)).amax(dim=1)
+        reachable = _reachable(best, self._number, self._limits, self.search)
+        self._active = self._active & (self._limits > self._number) & (reachable > self.ended.rank[:, -1])
+        if self.search.beam == 1:
+            self._active = self._active & self._follows_greedy
+        count = int(self._active.sum())
+        # To leave some costs a copy of the others' memory.
+        if count > MOST_TO_GO_ON * len(self._active):
+            return
+        done, kept = (~self._active).nonzero()[:, 0], self._active.nonzero()[:, 0]
+        ended.put(self.utterances[done], self.ended.of(done))
+        rows = self._rows_of(kept).flatten()
+        self._steps, self._fusion = self._steps.of(kept), self._fusion.of(rows)
+        self._state = None if self._state is None else tuple(tensor[rows] for tensor in self._state)
+        self._previous, self._first_rows = self._previous[rows], self._first_rows[:count]
+        self.utterances, self.ended = self.utterances[kept], self.ended.of(kept)
+        self._limits, self._model, self._peaks = self._limits[kept], self._model[kept], self._peaks[kept]
+        self._follows_greedy, self._active = self._follows_greedy[kept], self._active[kept]
+
+    def _rows_of(self, utterances: Tensor) -> Tensor:
+        """Return ``[utterances, beam]``, the rows of some of those that are searched."""
+        return utterances[:, None] * self.search.beam + torch.arange(self.search.beam, device=utterances.device)
 
 
 class Fusion:
@@ -158,6 +236,13 @@ class Fusion:
             gains = gains + self.weight * self.language_model.log_probs(self._states).to(gains.device)
         self._gains = gains
         return scores + (self.bonus[:, None] + gains).view_as(scores)
+
+    def of(self, rows: Tensor) -> "Fusion":
+        """Return what is added to some of the rows."""
+        narrowed = copy(self)
+        narrowed.bonus = self.bonus[rows]
+        narrowed._states = None if self._states is None else self._states[rows.to(self._states.device)]
+        return narrowed
 
     def follow(self, rows: Tensor, tokens: Tensor) -> None:
         """Go on with the children ``tokens`` of ``rows``, both ``[rows]``."""
@@ -212,17 +297,19 @@ def _reachable(totals: Tensor, steps: int, limits: Tensor, search: Search) -> Te
     return torch.maximum(soon, late)
 
 
-def _traced(
-    ended: Ended, parents: Sequence[Tensor], tokens: Sequence[Tensor], weights: Sequence[Tensor]
-) -> list[list[Decoded]]:
+def _traced(ended: Ended, taken: Sequence[Taken]) -> list[list[Decoded]]:
     """Return the hypotheses, read backwards from where they ended."""
     row, spoken, attended = torch.zeros_like(ended.parent), [], []
-    for number in reversed(range(len(weights))):
-        at_end, before = ended.step == number, ended.step > number
-        token = torch.where(at_end, ended.token, tokens[number].gather(1, row))
-        row = torch.where(at_end, ended.parent, torch.where(before, parents[number].gather(1, row), row))
+    for number, step in reversed(list(enumerate(taken))):
+        some = step.utterances
+        at_end, before = ended.step[some] == number, ended.step[some] > number
+        token, weights = torch.zeros_like(row), step.weights.new_zeros(*row.shape, step.weights.shape[-1])
+        token[some] = torch.where(at_end, ended.token[some], step.tokens.gather(1, row[some]))
+        parents = torch.where(before, step.parents.gather(1, row[some]), row[some])
+        row[some] = torch.where(at_end, ended.parent[some], parents)
+        weights[some] = step.weights.gather(1, row[some][..., None].expand(-1, -1, weights.shape[-1]))
         spoken.append(token)
-        attended.append(weights[number].gather(1, row[..., None].expand(-1, -1, weights[number].shape[-1])))
+        attended.append(weights)
     all_tokens = torch.stack(spoken[::-1], dim=2).cpu()
     all_weights = torch.stack(attended[::-1], dim=2).cpu()
     counts = torch.where(ended.rank > NEVER, ended.step + 1, 0).tolist()

@@ -1,12 +1,11 @@
 """Greedy decoding of whole batches: the most likely token at each frame (CTC) or step (attention).
 
-Nothing here knows a model: CTC decoding takes the log-probabilities, attention decoding takes the function
-that makes one step. So every model decodes by the same two loops, and they stand below the models in the
-order of imports.
+Nothing here knows a model: CTC decoding takes the log-probabilities, attention decoding takes what makes one step. So
+every model decodes by the same two loops, and they stand below the models in the order of imports.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +16,25 @@ from sonosco_mlflow.text import SpecialToken
 State = tuple[Tensor, ...]
 """What a decoder carries from one step to the next; the first dimension of each tensor is the batch."""
 
-Step = Callable[[Tensor, State | None], tuple[Tensor, Tensor, State]]
-"""One decoder step.
 
-Takes the previous tokens ``[batch]`` and the state, None before the first step; returns logits
-``[batch, vocabulary]``, attention weights ``[batch, frames]`` and the state after it.
-"""
+class Steps(Protocol):
+    """A decoder's steps for a batch of utterances, of which each has the same number of neighbouring rows."""
+
+    def __call__(self, previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
+        """Make one step.
+
+        Args:
+            previous: ``[rows]``, the tokens before.
+            state: after the step before, None before the first.
+
+        Returns:
+            Logits ``[rows, vocabulary]``, attention weights ``[rows, frames]``, and the state after the step.
+        """
+        ...
+
+    def of(self, utterances: Tensor) -> "Steps":
+        """Return the steps for some of the utterances alone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,33 +105,33 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[Decoded]:
     ]
 
 
-def attention_greedy(step: Step, limits: Tensor) -> list[Decoded]:
+def attention_greedy(steps: Steps, limits: Tensor) -> list[Decoded]:
     """Return each utterance's tokens, taking the likeliest next one until the end of sentence.
 
     All utterances take their steps together; the loop ends when each has its end of sentence or has reached
     its limit.
 
     Args:
-        step: makes one decoder step; its first call gets the start of sentence and no state.
+        steps: the decoder's, one row an utterance; the first gets the start of sentence and no state.
         limits: ``[batch]`` int64, at least 1; the greatest number of steps of each utterance.
     """
     previous = torch.full_like(limits, int(SpecialToken.SOS))
     active = torch.ones_like(limits, dtype=torch.bool)
     scores = torch.zeros(limits.shape, dtype=torch.float64, device=limits.device)
-    steps = torch.zeros_like(limits)
+    counts = torch.zeros_like(limits)
     tokens: list[Tensor] = []
     weights: list[Tensor] = []
     state: State | None = None
     while bool(active.any()):
-        logits, attended, state = step(previous, state)
+        logits, attended, state = steps(previous, state)
         best_score, previous = logits.log_softmax(dim=-1).max(dim=-1)
         tokens.append(previous)
         weights.append(attended)
         scores = scores + best_score.masked_fill(~active, 0.0)
-        steps = steps + active
-        active = active & (previous != SpecialToken.EOS) & (steps < limits)
+        counts = counts + active
+        active = active & (previous != SpecialToken.EOS) & (counts < limits)
     all_tokens, all_weights = torch.stack(tokens, dim=1).cpu(), torch.stack(weights, dim=1).cpu()
     return [
         Decoded(without_special(row[:count].tolist()), score, attended[:count], score)
-        for row, score, attended, count in zip(all_tokens, scores.tolist(), all_weights, steps.tolist(), strict=True)
+        for row, score, attended, count in zip(all_tokens, scores.tolist(), all_weights, counts.tolist(), strict=True)
     ]

@@ -40,7 +40,11 @@ class Memory:
     values: Tensor
     lengths: Tensor
 
-    def of_utterances(self, rows: Tensor) -> Tensor:
+    def of(self, utterances: Tensor) -> "Memory":
+        """Return the memory of some of the utterances."""
+        return Memory(self.keys[utterances], self.values[utterances], self.lengths[utterances])
+
+    def by_utterance(self, rows: Tensor) -> Tensor:
         """Return ``rows`` ``[rows, steps, size]``, an utterance's side by side, as ``[batch, rows * steps, size]``.
 
         So that a product with an utterance's keys or values reads them once for all of its rows.
@@ -66,7 +70,7 @@ def attend(
         Contexts ``[rows, steps, value]`` and weights ``[rows, steps, frames]``; padding frames weigh
         exactly 0.
     """
-    scores = energy(memory.of_utterances(queries), memory.keys)
+    scores = energy(memory.by_utterance(queries), memory.keys)
     if bias is not None:
         scores = scores + bias
     padding = ~valid_frames(memory.lengths, scores.shape[-1])
@@ -222,16 +226,12 @@ class AttentionModel(SpeechModel):
                 "know; make one by `sonosco language-model --unit tokens`"
             )
         memory = self.encode(batch.features, batch.feature_lengths)
-
-        def step(previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
-            logits, weights, state = self.spell(previous[:, None], memory, state)
-            return logits[:, 0], weights[:, 0], state
-
+        steps = DecoderSteps(self, memory)
         limits = 2 * memory.lengths + 10
         if search.is_greedy:
-            decoded = [[one] for one in attention_greedy(step, limits)]
+            decoded = [[one] for one in attention_greedy(steps, limits)]
         else:
-            decoded = attention_beam(step, limits, search)
+            decoded = attention_beam(steps, limits, search)
         return [
             [Hypothesis(one.tokens, one.score, one.weights[:, :frames], one.total) for one in hypotheses]
             for hypotheses, frames in zip(decoded, memory.lengths.tolist(), strict=True)
@@ -241,3 +241,20 @@ class AttentionModel(SpeechModel):
         """Return the best next token after each reference prefix, special tokens dropped."""
         best = output.logits.argmax(dim=-1).tolist()
         return [without_special(row[:length]) for row, length in zip(best, output.lengths.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class DecoderSteps:
+    """The steps of a model's decoder, one at a time; see :class:`~sonosco_mlflow.decoding.greedy.Steps`."""
+
+    model: AttentionModel
+    memory: Memory
+
+    def __call__(self, previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
+        """Make one step of each row."""
+        logits, weights, state = self.model.spell(previous[:, None], self.memory, state)
+        return logits[:, 0], weights[:, 0], state
+
+    def of(self, utterances: Tensor) -> "DecoderSteps":
+        """Return the steps for some of the utterances alone."""
+        return DecoderSteps(self.model, self.memory.of(utterances))

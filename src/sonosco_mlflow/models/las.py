@@ -171,8 +171,9 @@ class LAS(AttentionModel):
     def spell(
         self, previous: Tensor, memory: Memory, state: State | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, State]:
-        """Decode the steps of ``previous`` ``[batch, steps]``, all at once where no step reads the one before."""
-        if self.in_steps:
+        """Decode the steps of ``previous`` ``[rows, steps]``, all at once where no step reads the one before."""
+        # For a single step, as in decoding, what torch's LSTM prepares costs more than the step.
+        if self.in_steps or previous.shape[1] == 1:
             return self._spell_in_steps(previous, memory, state, bias)
         levels = None if state is None else tuple(part.transpose(0, 1).contiguous() for part in state)
         hidden, levels = self.speller(self.embedding(previous), levels)
@@ -238,7 +239,7 @@ class LAS(AttentionModel):
             fed = context if self.input_feeding else context[..., :0]
             hidden, cells = speller(of_token, fed, hidden, cells)
             top = hidden[:, -1:]
-            energies = scores(memory.of_utterances(queries(top)), memory.of_utterances(weights))
+            energies = scores(memory.by_utterance(queries(top)), memory.by_utterance(weights))
             attended = (energies + biases[:, step : step + 1]).softmax(dim=-1)
             context, weights = read(attended).view(rows, 1, -1), attended.view(rows, 1, -1)
             made.append((torch.cat([top, context], dim=-1), weights))
