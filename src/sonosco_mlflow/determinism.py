@@ -54,6 +54,19 @@ def configure(threads: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread in a block, whatever :func:`configure` has set: what comes out must not depend on it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def seed_generators(*key: Key) -> None:
     """Seed the global generators of Python, NumPy, torch and every CUDA device for ``key``.
 

@@ -18,7 +18,7 @@ from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
-from sonosco_mlflow.tracking.readiness import require_current
+from sonosco_mlflow.tracking.readiness import require_current, require_recordings
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.tracking.segments import newest_segment
@@ -128,6 +128,8 @@ def _train(
     results: Path | None,
     until_step: int | None = None,
 ) -> Outcome | None:
+    if config.augment.reads_recordings:
+        require_recordings(folder)
     loaders = build_loaders(config, folder)
     last = None if experiment.resumption is None else experiment.resumption.last
     search = search_of(config, loaders.test.tokenizer, project, experiment.folder, last)

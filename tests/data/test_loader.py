@@ -6,15 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import soundfile
 import torch
 
 from sonosco_mlflow.data.augment import Noise, SpeedPerturbation
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
 from sonosco_mlflow.data.features import extract_features
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch, collate
-from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.text import SpecialToken
 from toy import PROCESSOR, TOKENIZER, tone_loader
 
@@ -62,6 +64,28 @@ def test_batches_are_planned_by_the_lengths_of_their_epoch(tone_manifest: Manife
     assert any(len(batch) > 1 and len(batch) * max(frames[position] for position in batch) > 120 for batch in planned)
 
 
+def test_batches_do_not_depend_on_the_number_of_threads_that_training_has(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    rows = []
+    for number, length in enumerate(noise.integers(3_000, 60_000, 20)):
+        samples = noise.uniform(-1, 1, length)
+        soundfile.write(tmp_path / f"{number}.wav", samples, PROCESSOR.sample_rate)
+        rows.append(Utterance(f"{number}", f"{number}.wav", len(samples) / PROCESSOR.sample_rate, "A", "noise"))
+    dataset = AudioDataset(
+        Manifest(rows, tmp_path), PROCESSOR, TOKENIZER, waveform_augmentations=[SpeedPerturbation([0.9, 1.1])]
+    )
+    loader = AudioDataLoader(dataset, frames_per_batch=2000, seed=0)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 8):
+        torch.set_num_threads(count)
+        try:
+            found.append(list(map(digest, loader.epoch(0))))
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
 def test_workers_read_a_store_alike(tone_manifest: Manifest, tmp_path: Path) -> None:
     loader = tone_loader(tone_manifest)
     expected = [digest(batch) for batch in loader.epoch(0)]
@@ -88,7 +112,7 @@ def test_workers_leave_it_to_the_main_process_to_obey_a_signal(number: signal.Si
 HOLDING = """
 import sys
 from pathlib import Path
-from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.manifest import Manifest, Utterance
 from toy import tone_loader
 
 batches = tone_loader(Manifest.read(Path(sys.argv[1])), workers=2).epoch(0)
@@ -129,7 +153,7 @@ LATE = """
 import os, sys, time
 from pathlib import Path
 from sonosco_mlflow.data import loader
-from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.manifest import Manifest, Utterance
 from toy import tone_loader
 
 main, begin = os.getpid(), loader._leave_signals_to_main

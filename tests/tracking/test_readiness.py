@@ -7,7 +7,7 @@ import mlflow
 import pytest
 from ruamel.yaml import YAML
 
-from project import make_project
+from project import make_project, move_corpus
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
@@ -16,7 +16,8 @@ from sonosco_mlflow.tracking import readiness
 from sonosco_mlflow.tracking.changes import data_changes
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import prepare_data
-from sonosco_mlflow.tracking.readiness import require_current
+from sonosco_mlflow.tracking.readiness import require_current, require_recordings
+from toy import change_a_sample
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,17 @@ def test_a_training_on_other_data_than_the_lock_names_makes_no_step(folder: Data
     (made,) = (run for run in found if "statistics" in run.data.tags.get("sonosco.error", ""))
     assert made.data.tags["sonosco.state"] == "failed"
     assert "train_loss" not in made.data.metrics
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_training_that_reads_recordings_makes_no_step_on_changed_ones(tmp_path: Path) -> None:
+    """They lie outside of what DVC versions, and their digests in it."""
+    project, tones = make_project(tmp_path / "project"), tmp_path / "tones"
+    move_corpus(project, tones)
+    config = Config.load(project / "params.yaml", {"augment.speeds": "[0.9, 1.0]"})
+    folder = prepare_data(config, project)
+    require_recordings(folder)
+    change_a_sample(tones / "tone-005.wav")
+    (tones / "tone-007.wav").unlink()
+    with pytest.raises(UserError, match=r"tones/tone-005.wav, \S*tones/tone-007.wav; put them back"):
+        train(config, project, prepare=False)

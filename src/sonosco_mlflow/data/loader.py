@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sonosco_mlflow.data.batching import BatchPlan
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
+from sonosco_mlflow.determinism import one_thread
 from sonosco_mlflow.text import SpecialToken, Tokenizer
 
 
@@ -86,7 +87,9 @@ class _Epoch(Dataset[Sample]):
         self.epoch = epoch
 
     def __getitem__(self, position: int) -> Sample:
-        return self.dataset.sample(position, self.epoch)
+        # As in a worker: to resample sums over samples, and sums are split by the number of threads.
+        with one_thread():
+            return self.dataset.sample(position, self.epoch)
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

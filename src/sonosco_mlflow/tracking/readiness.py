@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import PurePosixPath
 
-from sonosco_mlflow.data.corpora.base import SPLITS, some
+from sonosco_mlflow.data.corpora.base import SPLITS, changed_audio, some
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.pipeline import dvc, locked_stages, stage_outputs
@@ -40,6 +40,21 @@ def require_current(folder: DataFolder) -> None:
         raise UserError(
             f"{folder.root.parent / 'dvc.lock'}: the data differs from it: {some(changed)}; `dvc repro` brings both "
             "together, `dvc checkout --force` puts the data back"
+        )
+
+
+def require_recordings(folder: DataFolder) -> None:
+    """Return if the recordings that the corpus only refers to are those that its features were made of.
+
+    Raises:
+        UserError: some are gone or have other bytes; the message names them.
+    """
+    changed = changed_audio(folder.corpus)
+    if changed:
+        raise UserError(
+            f"{folder.corpus}: the recordings are not those that it was made of: {some(changed)}; put them back, or "
+            "have the data made again (`sonosco data`), which is other data: a run that goes on with it needs "
+            "--allow-data-change"
         )
 
 

@@ -118,13 +118,24 @@ def _note_audio_elsewhere(directory: Path, manifests: dict[str, Manifest]) -> No
     ``sha256sum --check`` reads the file.
     """
     paths = [manifest.audio_path(utterance) for manifest in manifests.values() for utterance in manifest]
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path}\n"
-        for path in sorted({*paths})
-        if not path.resolve().is_relative_to(directory)
-    ]
+    lines = [f"{_digest(path)}  {path}\n" for path in sorted({*paths}) if not path.resolve().is_relative_to(directory)]
     if lines:
         (directory / AUDIO_ELSEWHERE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def changed_audio(directory: Path) -> list[str]:
+    """Return the recordings outside of the corpus in ``directory`` that are gone, or not what they were noted as."""
+    noted = directory / AUDIO_ELSEWHERE
+    if not noted.exists():
+        return []
+    lines = noted.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    entries = [line.partition("  ") for line in lines if line]
+    return [name for digest, _, name in entries if not Path(name).is_file() or _digest(Path(name)) != digest]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _clear(directory: Path) -> None:
