@@ -50,6 +50,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def test_one_under_the_name_of_another_step_is_broken(checkpoints: Path) -> None:
+    newer = write(checkpoints, step=4).rename(checkpoints / "step-00000099")
+    older = write(checkpoints, step=3)
+    with pytest.raises(BrokenCheckpointError, match="step-00000099: is the checkpoint of step 4 under another name"):
+        verify_checkpoint(newer)
+    with pytest.warns(UserWarning, match="under another name"):
+        assert read_newest_checkpoint(checkpoints).directory == older
+
+
 def test_it_reads_what_it_wrote(checkpoints: Path) -> None:
     path = write(checkpoints)
     assert sorted(file.name for file in path.iterdir()) == [

@@ -12,7 +12,7 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.recipe import build_checkpoints, check_recipe
-from sonosco_mlflow.serialization.checkpoint import checkpoints_in, read_checkpoint
+from sonosco_mlflow.serialization.checkpoint import BrokenCheckpointError, checkpoints_in, read_checkpoint
 from sonosco_mlflow.serialization.serializer import Deserializer
 from sonosco_mlflow.training.averaging import borrowed_weights, evaluated_state, floating, mean_weights
 from sonosco_mlflow.training.callbacks import Callback, CheckpointAverage, ExponentialAverage, ModelCheckpoint
@@ -216,6 +216,22 @@ def test_a_checkpoint_that_is_gone_is_named(tone_manifest: Manifest, checkpoints
     shutil.rmtree(gone)
     with pytest.raises(UserError, match=rf"{checkpoints}: holds no {gone.name}, which is to be averaged; put it back"):
         trainer.evaluate(trainer.val_loader, "test_")  # type: ignore[arg-type]
+
+
+def test_a_broken_checkpoint_is_averaged_as_it_was_kept_elsewhere(tone_manifest: Manifest, checkpoints: Path) -> None:
+    keeper = ModelCheckpoint(checkpoints)
+    trainer_of(tone_manifest, keeper).start_training()
+    step, whole = keeper.last_steps(1)[0], checkpoints.with_name("elsewhere")
+    expected = keeper.model_state(step)
+    shutil.copytree(checkpoints, whole)
+    weights = checkpoints / f"step-{step:08d}" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(BrokenCheckpointError, match="altered"):
+        keeper.model_state(step)
+    keeper.fetch = lambda name, folder: whole / name
+    with pytest.warns(UserWarning, match="is broken here, and is fetched"):
+        found = keeper.model_state(step)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(

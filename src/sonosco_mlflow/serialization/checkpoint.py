@@ -203,6 +203,7 @@ def verify_checkpoint(directory: Path) -> None:
 
     Raises:
         BrokenCheckpointError: a file is missing, altered or unreadable; the message names it.
+        UserError: a later version of this package wrote it.
     """
     for name, entry in _read_manifest(directory)["files"].items():
         _verified(directory / name, entry)
@@ -212,7 +213,9 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     """Read a checkpoint and verify every byte of it.
 
     Raises:
-        BrokenCheckpointError: a file is missing, altered or unreadable, or the schema is unknown; the message names it.
+        BrokenCheckpointError: a file is missing, altered or unreadable, or it is not of the step that its directory is
+            named after; the message names it.
+        UserError: a later version of this package wrote it.
     """
     manifest = _read_manifest(directory)
     contents = {name: _verified(directory / name, entry) for name, entry in manifest["files"].items()}
@@ -273,14 +276,19 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = json.loads(_content(path))
-        if manifest["schema"] not in range(1, SCHEMA + 1):
-            raise BrokenCheckpointError(
-                f"{path}: schema {manifest['schema']}, this version reads 1 to {SCHEMA}; use the version that wrote it"
-            )
+        schema = manifest["schema"]
+        if isinstance(schema, int) and schema > SCHEMA:
+            # It may be whole, and newer than all others: nothing may go on without it.
+            raise UserError(f"{path}: schema {schema}, this version reads 1 to {SCHEMA}; use the version that wrote it")
+        if schema not in range(1, SCHEMA + 1):
+            raise BrokenCheckpointError(f"{path}: its schema is {schema!r}, expected a number from 1 to {SCHEMA}")
         if any(Path(name).name != name for name in manifest["files"].keys()):  # noqa: SIM118
             raise BrokenCheckpointError(f"{path}: a file name leaves the directory")
         if not isinstance(manifest["step"], int):
             raise BrokenCheckpointError(f"{path}: its step is {manifest['step']!r}, expected a number")
+        position = position_of(directory.name)
+        if position is not None and position[0] != manifest["step"]:
+            raise BrokenCheckpointError(f"{directory}: is the checkpoint of step {manifest['step']} under another name")
         return dict(manifest)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BrokenCheckpointError(f"{directory}: not a checkpoint, it has no {MANIFEST}") from error

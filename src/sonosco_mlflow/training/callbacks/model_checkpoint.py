@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 from sonosco_mlflow.background import Background
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import (
+    BrokenCheckpointError,
     Snapshot,
     checkpoint_name,
     checkpoints_in,
@@ -263,15 +264,17 @@ class ModelCheckpoint(Callback):
         if self.background is not None:
             self.background.finish_writes()
         name = checkpoint_name(step)
+        if self.directory is not None and (self.directory / name).exists():
+            try:
+                return _model_in(self.directory / name)
+            except BrokenCheckpointError as error:
+                if self.fetch is None:
+                    raise
+                warnings.warn(f"a checkpoint to be averaged is broken here, and is fetched: {error}", stacklevel=2)
+        if self.fetch is None:
+            raise UserError(f"{self.directory}: holds no {name}, which is to be averaged; put it back")
         with tempfile.TemporaryDirectory() as scratch:
-            if self.directory is not None and (self.directory / name).exists():
-                path = self.directory / name
-            elif self.fetch is not None:
-                path = self.fetch(name, Path(scratch))
-            else:
-                raise UserError(f"{self.directory}: holds no {name}, which is to be averaged; put it back")
-            state: dict[str, Tensor] = read_checkpoint(path).state["model"]
-        return state
+            return _model_in(self.fetch(name, Path(scratch)))
 
     def state_dict(self) -> dict[str, object]:
         """Return which scheduled steps are kept, and what they are worth."""
@@ -380,3 +383,8 @@ class ModelCheckpoint(Callback):
         assert self.background is not None
         for listener in self.listeners:
             self.background.deliver(partial(listener, path, kept))
+
+
+def _model_in(path: Path) -> "Mapping[str, Tensor]":
+    state: dict[str, Tensor] = read_checkpoint(path).state["model"]
+    return state
