@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -524,9 +524,42 @@ def test_other_callbacks_are_refused_and_the_run_is_left_as_it_was(
     stopped: Experiment, tone_manifest: Manifest, project: Path
 ) -> None:
     before = look(stopped.run.id)
-    with pytest.raises(UserError, match=r"the state is for the callbacks .*the trainer has .*EarlyStopping"):
+    with pytest.raises(UserError, match=r"trainer: callbacks\.length was 2, is 3; .*EarlyStopping"):
         go_on(stopped.run.id, toy_trainer(tone_manifest, EarlyStopping()), project)
+    with pytest.raises(UserError, match=r"the state is for the callbacks .*the trainer has .*EarlyStopping"):
+        go_on(stopped.run.id, toy_trainer(tone_manifest, EarlyStopping()), project, allowed_changes=["config"])
     assert look(stopped.run.id) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda manifest: toy_trainer(manifest, learning_rate=0.05), r"optimizer\.groups\.0\.lr was 0\.001, is 0\.05"),
+        (lambda manifest: with_another(toy_trainer(manifest), "gradient_clip", 0.01), "gradient_clip was .*, is 0.01"),
+        (lambda manifest: with_another(toy_trainer(manifest), "accumulation", 3), "accumulation was 1, is 3"),
+        (lambda manifest: with_another(toy_trainer(manifest), "seed", 9), "seed was 0, is 9"),
+    ],
+    ids=["learning rate", "gradient clip", "accumulation", "seed"],
+)
+def test_a_trainer_that_is_made_otherwise_is_refused_though_settings_and_code_are_the_same(
+    stopped: Experiment, tone_manifest: Manifest, project: Path, make: Callable[[Manifest], ModelTrainer], said: str
+) -> None:
+    before = look(stopped.run.id)
+    with pytest.raises(UserError, match=rf"trainer: {said}(?s:.*)--allow-config-change"):
+        go_on(stopped.run.id, make(tone_manifest), project)
+    assert look(stopped.run.id) == before
+
+
+def with_another(trainer: ModelTrainer, name: str, value: object) -> ModelTrainer:
+    setattr(trainer, name, value)
+    return trainer
+
+
+def test_another_trainer_that_is_allowed_trains_as_it_is_made(tone_manifest: Manifest, project: Path) -> None:
+    run_id = run_experiment(toy_trainer(tone_manifest, stop_at=2), project).run.id
+    again = go_on(run_id, toy_trainer(tone_manifest, learning_rate=0.05), project, allowed_changes=["config"])
+    assert tags(run_id)["sonosco.allowed_changes"] == "trainer"
+    assert again.history.curve("learning_rate")[1][-1] == 0.05
 
 
 def test_only_a_training_goes_on(project: Path) -> None:

@@ -262,7 +262,7 @@ class Experiment:
             self.opened.describe()
             return
         try:
-            self.resumption.check(self.origin, digests, lineage)
+            self.resumption.check(self.origin, digests, lineage, self.serializer.describe(trainer))
             self.resumption.restore(trainer)
         except BaseException:
             self.opened.close("failed")

@@ -25,6 +25,7 @@ from sonosco_mlflow.tracking.origin import Command, Origin
 RECORDED = {name: f"old-{name}" for name in CHANGE_OF}
 FLAGS = {
     "config": "--allow-config-change",
+    "trainer": "--allow-config-change",
     "code": "--allow-code-change",
     "imported": "--allow-code-change",
     "data": "--allow-data-change",

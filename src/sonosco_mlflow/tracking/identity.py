@@ -22,6 +22,7 @@ from sonosco_mlflow.tracking.environment import BESIDE, Environment
 # The digests in a checkpoint, each with the change that allows another.
 CHANGE_OF = {
     "config": "config",
+    "trainer": "config",
     "code": "code",
     "imported": "code",
     "data": "data",
@@ -54,11 +55,7 @@ def check_identity(
     Raises:
         UserError: something differs and is not allowed; the message says how, and what allows it.
     """
-    differ = {
-        name: (recorded[name], present[name])
-        for name in recorded
-        if present.get(name, recorded[name]) != recorded[name]
-    }
+    differ = {name: (recorded[name], present[name]) for name in recorded if name in differing(recorded, present)}
     refused = [name for name in differ if _change_of(name) not in allowed]
     if refused:
         plain = {name: partial("was {}, is {}".format, *values) for name, values in differ.items()}
@@ -70,6 +67,11 @@ def check_identity(
             + f"\nPut it back as it was, or pass {' '.join(flags)}: then the run goes on otherwise and records that"
         )
     return differ
+
+
+def differing(recorded: Mapping[str, str], present: Mapping[str, str]) -> frozenset[str]:
+    """Return the names of the digests that differ; one that is missing on either side is not compared."""
+    return frozenset(name for name in recorded.keys() & present.keys() if recorded[name] != present[name])
 
 
 def _change_of(name: str) -> str:

@@ -15,7 +15,7 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.settings import Scalar, flatten, settings_digest
-from sonosco_mlflow.tracking import identity
+from sonosco_mlflow.tracking import described, identity
 from sonosco_mlflow.tracking.checkpoints import is_delivered, newest_checkpoint
 from sonosco_mlflow.tracking.code_snapshot import imported_digests
 from sonosco_mlflow.tracking.journal import JOURNAL, DamagedJournalError, Records, Row, missing_row, read_rows, rows_of
@@ -42,6 +42,10 @@ from sonosco_mlflow.training.callbacks.base import STEP_METRICS
 if TYPE_CHECKING:
     from sonosco_mlflow.training.callbacks.history import History
     from sonosco_mlflow.training.trainer import ModelTrainer
+
+
+# The digests of what makes a trainer the one that it is, apart from its vocabulary.
+_SHAPING = frozenset({"config", "code", "imported"})
 
 
 @dataclass
@@ -133,13 +137,14 @@ class Resumption:
         digests = self.digests
         return int(digests["threads"]) if "threads" in digests else None
 
-    def check(self, origin: Origin, data: Mapping[str, str], lineage: DataLineage) -> None:
+    def check(self, origin: Origin, data: Mapping[str, str], lineage: DataLineage, trainer: object) -> None:
         """Compare what is here with what the state belongs to.
 
         Args:
             origin: code, environment and recipe of now.
             data: digests of the data and its batches.
             lineage: where that data comes from.
+            trainer: the description of the trainer that is to go on.
 
         Raises:
             UserError: something differs and is not allowed.
@@ -150,6 +155,10 @@ class Resumption:
         present = {**origin.digests, **origin.environment.beside_digests, **data}
         if origin.code.imported_digest:
             recorded["imported"], present["imported"] = imported_digests(last.archive(), origin.code.archive)
+        made = ({}, {}) if self.checkpoint is None else described.compared(self.checkpoint.objects, trainer)
+        if not identity.differing(recorded, present) & {*_SHAPING, "vocabulary"}:
+            # Of other settings, code or tokens it is another for a reason that is told already.
+            recorded["trainer"], present["trainer"] = map(described.digest, made)
         self.changes = identity.check_identity(
             self.tracked.id,
             recorded,
@@ -157,6 +166,7 @@ class Resumption:
             self.allowed,
             {
                 "config": lambda: identity.config_difference(last.decisive(), origin.decisive),
+                "trainer": lambda: described.difference(*made),
                 "code": lambda: identity.code_difference(last.archive(), origin.code.archive),
                 "imported": lambda: identity.code_difference(last.archive(), origin.code.archive),
                 "data": lambda: identity.data_difference(last.lineage(), lineage.to_json()),
@@ -178,11 +188,11 @@ class Resumption:
         if self.checkpoint is None:
             return
         state = self.checkpoint.state
-        if self.altered & {"code", "imported", "config"}:
+        if self.altered & {*_SHAPING, "trainer"}:
             # A program that was allowed to change may freeze or convert another part of the model that it makes.
             state = {**state, "trainer": {**state["trainer"], "parameters": None}}
         trainer.load_state_dict(state)
-        if "config" in self.altered:
+        if self.altered & {"config", "trainer"}:
             trainer.renew_optimizer_options()
         before, now, done = self.checkpoint.objects["parameters"]["epochs"], trainer.epochs, trainer.progress.epoch
         if now < done:
