@@ -156,8 +156,9 @@ class Resumption:
         if origin.code.imported_digest:
             recorded["imported"], present["imported"] = imported_digests(last.archive(), origin.code.archive)
         made = ({}, {}) if self.checkpoint is None else described.compared(self.checkpoint.objects, trainer)
-        if not identity.differing(recorded, present) & {*_SHAPING, "vocabulary"}:
-            # Of other settings, code or tokens it is another for a reason that is told already.
+        since = self.last.changes_since(self.checkpoint)
+        if not {*identity.differing(recorded, present), *since} & {*_SHAPING, "trainer", "vocabulary"}:
+            # Of other settings, code or tokens it is another for a reason that is told, or was allowed, already.
             recorded["trainer"], present["trainer"] = map(described.digest, made)
         self.changes = identity.check_identity(
             self.tracked.id,
@@ -177,7 +178,7 @@ class Resumption:
                 "canary": lambda: identity.numerics_difference(last.environment(), origin.environment),
             },
         )
-        self.altered = frozenset({*self.changes, *self.last.changes_since(self.checkpoint)})
+        self.altered = frozenset({*self.changes, *since})
 
     def restore(self, trainer: "ModelTrainer") -> None:
         """Put the state into ``trainer``, which is made as it was when the run began.
