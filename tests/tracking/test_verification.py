@@ -172,8 +172,37 @@ def test_a_metric_that_was_altered_removed_or_added_is_named(run_id: str, tracki
             database.commit()
             assert found[0].name == "metric train_loss at step 7"
             assert what in found[0].what
-    assert [finding.name for finding in found[1:]] == ["metric train_loss at step 70"]
+    assert [finding.name for finding in found[1:]] == ["metric train_loss at step 70", "metric train_loss"]
     assert named(run_id) == []
+
+
+def test_a_second_row_of_a_step_is_named_whenever_it_was_written(run_id: str, tracking_database: str) -> None:
+    client = mlflow.MlflowClient()
+    row = next(item for item in client.get_metric_history(run_id, "train_loss") if item.step == 7)
+    for delay in (-1000, 1000):
+        client.log_metric(run_id, "train_loss", row.value / 2, step=7, timestamp=row.timestamp + delay)
+        found = verify_run(run_id).findings
+        with sqlite3.connect(tracking_database.removeprefix("sqlite:///")) as database:
+            database.execute(
+                "DELETE FROM metrics WHERE timestamp = ? AND run_uuid = ?", [row.timestamp + delay, run_id]
+            )
+        assert [(finding.name, finding.what) for finding in found] == [
+            ("metric train_loss at step 7", f"is {row.value / 2!r}, was {row.value!r}")
+        ]
+    assert named(run_id) == []
+
+
+def test_what_lists_of_runs_show_is_the_last_row(run_id: str, tracking_database: str) -> None:
+    before = mlflow.get_run(run_id).data.metrics["test_word_error_rate"]
+    query = "UPDATE latest_metrics SET value = ? WHERE key = 'test_word_error_rate' AND run_uuid = ?"
+    with sqlite3.connect(tracking_database.removeprefix("sqlite:///")) as database:
+        database.execute(query, [0.001, run_id])
+        database.commit()
+        found = verify_run(run_id).findings
+        database.execute(query, [before, run_id])
+    assert [(finding.name, finding.what) for finding in found] == [
+        ("metric test_word_error_rate", f"is shown as 0.001, its last row is {before!r}")
+    ]
 
 
 def test_a_run_that_was_cut_off_is_compared_as_far_as_it_goes(tone_manifest: Manifest, tmp_path: Path) -> None:

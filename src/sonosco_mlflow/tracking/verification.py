@@ -7,7 +7,7 @@ Finding(name='checkpoints/step-00000012/model.safetensors', what='altered: sha25
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,11 +18,11 @@ from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, posit
 from sonosco_mlflow.settings import settings_digest
 from sonosco_mlflow.tracking.code_snapshot import archive_digest
 from sonosco_mlflow.tracking.comparison import AT_END
-from sonosco_mlflow.tracking.journal import JOURNAL, read_rows, storable
+from sonosco_mlflow.tracking.journal import JOURNAL, Recorded, read_rows, storable
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import Entry, Ledger, stored_files
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import metric_records
+from sonosco_mlflow.tracking.mlflow_run import metric_rows
 from sonosco_mlflow.tracking.segments import Segment, newest_segment, steps_gone_on_from
 from sonosco_mlflow.tracking.store import artifact_bytes, download, find_run
 from sonosco_mlflow.tracking.tags import (
@@ -179,7 +179,7 @@ def _origin(segment: Segment) -> dict[str, Callable[[], str]]:
 
 def _against_journal(segment: Segment, run: Run, *, complete: bool) -> tuple[int, list[Finding]]:
     """Compare MLflow's metric rows with the journal's; where that is ``complete``, both must have all of them."""
-    records = metric_records(segment.run_id)
+    records = metric_rows(segment.run_id)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             rows = read_rows(download(segment.run_id, JOURNAL, Path(scratch)))
@@ -191,14 +191,29 @@ def _against_journal(segment: Segment, run: Run, *, complete: bool) -> tuple[int
     gone_on_from = steps_gone_on_from(run)
     findings = []
     for name, step in sorted({**written, **records}, key=lambda key: (key[1], key[0])):
-        expected, found = written.get((name, step)), records.get((name, step))
-        if found is None:
+        expected, found = written.get((name, step)), records.get((name, step), [])
+        if not found:
             findings.append(Finding(f"metric {name} at step {step}", "missing, though the journal has it"))
         elif expected is None and name.startswith(AT_END) and step in gone_on_from:
             # The run was at its end there, and was given more epochs.
             continue
         elif expected is None and complete and step > left_way:
             findings.append(Finding(f"metric {name} at step {step}", "not recorded: the journal lacks it"))
-        elif expected is not None and found.value.hex() != expected.hex() and step > left_way:
-            findings.append(Finding(f"metric {name} at step {step}", f"is {found.value!r}, was {expected!r}"))
-    return len(written), findings
+        elif expected is not None and step > left_way:
+            # A row that is sent again is no other, nor is one of a process that was killed while it was sent.
+            others = [row.value for row in found if row.value.hex() != expected.hex()]
+            findings += [
+                Finding(f"metric {name} at step {step}", f"is {other!r}, was {expected!r}") for other in others
+            ]
+    return len(written), [*findings, *_against_last(run, records, {name for name, _ in written})]
+
+
+def _against_last(
+    run: Run, records: Mapping[tuple[str, int], list[Recorded]], names: Collection[str]
+) -> Iterator[Finding]:
+    """Compare what lists of runs show as each metric's value, which stores keep apart, with its last row."""
+    last = {name: [row.value for row in records[name, step]] for name, step in sorted(records) if name in names}
+    for name, values in last.items():
+        shown = run.data.metrics[name]
+        if shown.hex() not in {value.hex() for value in values}:
+            yield Finding(f"metric {name}", f"is shown as {shown!r}, its last row is {values[-1]!r}")
