@@ -14,9 +14,19 @@ from sonosco_mlflow import overview
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.tracking import origin
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.store import models_of
-from sonosco_mlflow.tracking.tags import CHECKPOINT, CODE_DIGEST, LEDGER_DIGEST, WEIGHTS_DIGEST
+from sonosco_mlflow.tracking.tags import (
+    CANARY,
+    CHECKPOINT,
+    CODE_DIGEST,
+    COMMIT,
+    DIRTY,
+    IMPORTED_DIGEST,
+    LEDGER_DIGEST,
+    WEIGHTS_DIGEST,
+)
 from sonosco_mlflow.tracking.verification import Verification, verify_run
 from sonosco_mlflow.training.callbacks import Callback
 from sonosco_mlflow.training.trainer import ModelTrainer
@@ -131,10 +141,10 @@ def test_what_was_added_is_told(run_id: str) -> None:
     assert "added after the run had ended" in found.findings[0].what
 
 
-def test_an_altered_code_snapshot_is_seen_in_the_tag_too(run_id: str) -> None:
+def test_an_altered_code_snapshot_is_seen_in_the_tags_too(run_id: str) -> None:
     path, other = root(run_id) / "segments/2/code/snapshot.zip", b"PK\x05\x06" + bytes(18)
     with replaced(path, other):
-        assert named(run_id) == ["segments/2/code/snapshot.zip", CODE_DIGEST]
+        assert named(run_id) == ["segments/2/code/snapshot.zip", CODE_DIGEST, IMPORTED_DIGEST]
 
 
 def test_an_altered_ledger_is_told(run_id: str) -> None:
@@ -143,7 +153,13 @@ def test_an_altered_ledger_is_told(run_id: str) -> None:
         assert named(run_id) == ["ledger.json"]
 
 
-@pytest.mark.parametrize(("tag", "other"), [(WEIGHTS_DIGEST, "0" * 64), (CHECKPOINT, "checkpoints/step-00000099")])
+@pytest.mark.parametrize(
+    ("tag", "other"),
+    [
+        *((tag, "0" * 64) for tag in (WEIGHTS_DIGEST, IMPORTED_DIGEST, CANARY, COMMIT)),
+        *((CHECKPOINT, "checkpoints/step-00000099"), (DIRTY, "false")),
+    ],
+)
 def test_a_tag_that_says_something_else_is_told(run_id: str, tag: str, other: str) -> None:
     client = mlflow.MlflowClient()
     before = mlflow.get_run(run_id).data.tags[tag]
@@ -151,6 +167,44 @@ def test_a_tag_that_says_something_else_is_told(run_id: str, tag: str, other: st
     found = named(run_id)
     client.set_tag(run_id, tag, before)
     assert found == [tag]
+
+
+def test_a_finished_run_that_has_lost_its_ledger_is_told(run_id: str) -> None:
+    client = mlflow.MlflowClient()
+    before = mlflow.get_run(run_id).data.tags[LEDGER_DIGEST]
+    client.delete_tag(run_id, LEDGER_DIGEST)
+    found = verify_run(run_id)
+    client.set_tag(run_id, LEDGER_DIGEST, before)
+    assert not found.has_ledger
+    assert [finding.name for finding in found.findings] == [LEDGER_DIGEST]
+    assert named(run_id) == []
+
+
+def test_the_parameters_are_those_of_the_recipe(
+    run_id: str, tone_manifest: Manifest, tmp_path: Path, tracking_database: str
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest), new_project(tmp_path)).run.id
+    query = "UPDATE params SET value = ? WHERE key = 'config.size' AND run_uuid = ?"
+    for altered in (run_id, first):
+        with sqlite3.connect(tracking_database.removeprefix("sqlite:///")) as database:
+            database.execute(query, ["99", altered])
+            database.commit()
+            found = verify_run(altered).findings
+            database.execute(query, ["1", altered])
+        assert [(finding.name, finding.what) for finding in found] == [("parameter config.size", "is '99', was '1'")]
+        assert named(altered) == []
+
+
+def test_what_another_program_has_imported_is_forgotten_with_it(
+    tone_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = new_project(tmp_path)
+    stopped = run_experiment(toy_trainer(tone_manifest, stop_at=5), project).run.id
+    assert IMPORTED_DIGEST in mlflow.get_run(stopped).data.tags
+    take = origin.snapshot_code
+    monkeypatch.setattr(origin, "snapshot_code", lambda folder: replace(take(folder), imported_digest=""))
+    go_on(stopped, toy_trainer(tone_manifest), project)
+    assert IMPORTED_DIGEST not in mlflow.get_run(stopped).data.tags
 
 
 def test_a_metric_that_was_altered_removed_or_added_is_named(run_id: str, tracking_database: str) -> None:

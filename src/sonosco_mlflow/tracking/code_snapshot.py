@@ -258,9 +258,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]]) -> str:
-    """Return the digest (:attr:`CodeSnapshot.digest`) of the code in an archive, and of what was too large for it."""
-    return _digest({**archived_files(archive), **left_out})
+def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]], *, imported: bool = False) -> str:
+    """Return the digest of the code in an archive, and of what was too large for it.
+
+    It is :attr:`CodeSnapshot.digest`, or else, of what is ``imported``, :attr:`CodeSnapshot.imported_digest`.
+    """
+    return _digest({**archived_files(archive), **left_out}, imported=imported)
 
 
 def imported_digests(archive: bytes, other: bytes) -> tuple[str, str]:

@@ -139,8 +139,12 @@ class TrackedRun:
     def forget_end(self) -> None:
         """Take back what the run says of the end that it had before."""
         self.open_ledger()
-        for outdated in {ERROR, WEIGHTS_DIGEST} & {*self._client.get_run(self.id).data.tags}:
-            self._client.delete_tag(self.id, outdated)
+        self.forget_tags(ERROR, WEIGHTS_DIGEST)
+
+    def forget_tags(self, *outdated: str) -> None:
+        """Delete those of these tags that the run has."""
+        for key in {*outdated} & {*self._client.get_run(self.id).data.tags}:
+            self._client.delete_tag(self.id, key)
 
     def leave(self) -> None:
         """Leave the run as it is; there was nothing to do."""
