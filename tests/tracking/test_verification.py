@@ -301,6 +301,21 @@ def test_a_finished_run_that_goes_on_has_no_final_weights_until_it_ends_again(
     assert named(run_id) == []
 
 
+def test_an_end_whose_checkpoint_was_broken_is_no_damage_to_a_run_that_has_gone_on(
+    tone_manifest: Manifest, tmp_path: Path
+) -> None:
+    project = new_project(tmp_path)
+    experiment = run_experiment(toy_trainer(tone_manifest), project)
+    run_id = experiment.run.id
+    for path in (root(run_id) / LAST / "model.safetensors", experiment.folder / LAST / "model.safetensors"):
+        path.write_bytes(flipped(path))
+    with pytest.warns(UserWarning, match="step-00000012"):
+        go_on(run_id, toy_trainer(tone_manifest, epochs=3), project)
+    record = root(run_id) / "segments" / "2" / "segment.json"
+    assert '"checkpoint": "step-00000008"' in record.read_text()
+    assert named(run_id) == []
+
+
 def is_clean(found: Verification) -> bool:
     return not found.has_ledger and found.findings == () and found.checkpoints > 0
 

@@ -23,7 +23,7 @@ from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import Entry, Ledger, stored_files
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import LONGEST_PARAMETER, PARAMETER_PREFIX, metric_rows
-from sonosco_mlflow.tracking.segments import Segment, newest_segment, steps_gone_on_from
+from sonosco_mlflow.tracking.segments import Segment, newest_segment, steps_of_ends
 from sonosco_mlflow.tracking.store import artifact_bytes, download, find_run
 from sonosco_mlflow.tracking.tags import (
     CANARY,
@@ -241,13 +241,13 @@ def _against_journal(segment: Segment, run: Run, *, complete: bool) -> tuple[int
     written = {(name, row.step): storable(value) for row in rows for name, value in row.metrics.items()}
     # Of steps that were made twice, the second time with a change that was allowed, MLflow keeps the first rows.
     left_way = segment.differs_until
-    gone_on_from = steps_gone_on_from(run)
+    ends = steps_of_ends(run, max((step for _, step in written), default=0))
     findings = []
     for name, step in sorted({**written, **records}, key=lambda key: (key[1], key[0])):
         expected, found = written.get((name, step)), records.get((name, step), [])
         if not found:
             findings.append(Finding(f"metric {name} at step {step}", "missing, though the journal has it"))
-        elif expected is None and name.startswith(AT_END) and step in gone_on_from:
+        elif expected is None and name.startswith(AT_END) and step in ends:
             # The run was at its end there, and was given more epochs.
             continue
         elif expected is None and complete and step > left_way:
