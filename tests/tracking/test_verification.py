@@ -36,10 +36,13 @@ LAST = "checkpoints/step-00000012"
 
 
 class OwnFiles(Callback, is_part_of_trainer=False):
-    """What a user logs without a word to us: an artifact that each process replaces, and a model."""
+    """What a user logs without a word to us: a metric, an artifact that each process replaces, and a model."""
 
     def on_train_begin(self, trainer: ModelTrainer) -> None:
         mlflow.log_text(f"at {trainer.progress.step}", "own/note.txt")
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        mlflow.log_metric("own", trainer.progress.step, step=trainer.progress.step)
 
     def on_train_end(self, trainer: ModelTrainer) -> None:
         model = mlflow.initialize_logged_model(name="own")
@@ -102,7 +105,9 @@ def test_a_run_that_was_left_alone_is_as_recorded(run_id: str, capsys: pytest.Ca
     assert len(own) >= len(models) > 1
     assert found.files == len(files) - 1 + len(own)
     history = mlflow.MlflowClient().get_metric_history
-    metrics = [name for name in mlflow.get_run(run_id).data.metrics if not name.startswith(("system/", "resume."))]
+    metrics = [
+        name for name in mlflow.get_run(run_id).data.metrics if not name.startswith(("system/", "resume.", "own"))
+    ]
     assert found.rows == sum(len(history(run_id, name)) for name in metrics) > 30
     overview.show_verification(found)
     assert capsys.readouterr().out.endswith("all is as recorded\n")

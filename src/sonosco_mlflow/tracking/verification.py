@@ -7,7 +7,7 @@ Finding(name='checkpoints/step-00000012/model.safetensors', what='altered: sha25
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -242,6 +242,9 @@ def _against_journal(segment: Segment, run: Run, *, complete: bool) -> tuple[int
     # Of steps that were made twice, the second time with a change that was allowed, MLflow keeps the first rows.
     left_way = segment.differs_until
     ends = steps_of_ends(run, max((step for _, step in written), default=0))
+    names = {name for name, _ in written}
+    # What a program logs past the trainer is nobody's but its own.
+    records = {key: found for key, found in records.items() if key[0] in names}
     findings = []
     for name, step in sorted({**written, **records}, key=lambda key: (key[1], key[0])):
         expected, found = written.get((name, step)), records.get((name, step), [])
@@ -258,14 +261,12 @@ def _against_journal(segment: Segment, run: Run, *, complete: bool) -> tuple[int
             findings += [
                 Finding(f"metric {name} at step {step}", f"is {other!r}, was {expected!r}") for other in others
             ]
-    return len(written), [*findings, *_against_last(run, records, {name for name, _ in written})]
+    return len(written), [*findings, *_against_last(run, records)]
 
 
-def _against_last(
-    run: Run, records: Mapping[tuple[str, int], list[Recorded]], names: Collection[str]
-) -> Iterator[Finding]:
+def _against_last(run: Run, records: Mapping[tuple[str, int], list[Recorded]]) -> Iterator[Finding]:
     """Compare what lists of runs show as each metric's value, which stores keep apart, with its last row."""
-    last = {name: [row.value for row in records[name, step]] for name, step in sorted(records) if name in names}
+    last = {name: [row.value for row in records[name, step]] for name, step in sorted(records)}
     for name, values in last.items():
         shown = run.data.metrics[name]
         if shown.hex() not in {value.hex() for value in values}:
