@@ -67,7 +67,7 @@ class Provenance:
         late = imported_since(self.origin.code)
         if late:
             warnings.warn(
-                f"imported after the run's code was kept, and not in it: {', '.join(map(str, late))}; import it before "
-                "the Experiment is made",
+                "imported after the run's code was kept, and not in it as it is now: "
+                f"{', '.join(map(str, late))}; import it before the Experiment is made",
                 stacklevel=4,
             )
