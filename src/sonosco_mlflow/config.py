@@ -24,6 +24,8 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Beyond these, what is computed before any data is read takes gigabytes, or breaks off.
+Seconds = Annotated[float, Field(gt=0, le=1)]
 
 # `mlflow run -P model=tds` is short for the key that people set most.
 ALIASES = {"model": "model.name"}
@@ -56,10 +58,10 @@ class Data(Section):
 class Features(Section):
     """Log-mel features; sizes in seconds."""
 
-    sample_rate: Positive = 16000
+    sample_rate: Annotated[int, Field(gt=0, le=1_000_000)] = 16000
     n_mels: Positive = 80
-    window_size: Rate = 0.025
-    window_stride: Rate = 0.01
+    window_size: Seconds = 0.025
+    window_stride: Seconds = 0.01
     window: Literal["hann", "hamming", "blackman", "povey"] = "hann"
     dtype: Literal["float32", "float16"] = "float32"
 
@@ -146,7 +148,7 @@ class Training(Section):
     validate_every_steps: Positive | None = None
     early_stopping_patience: Positive | None = None
     soft_window_epochs: NotNegative = 2
-    threads: Positive = 1
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
     device: str = "cpu"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
