@@ -76,6 +76,19 @@ def test_an_override_wins_over_the_recipe_which_wins_over_the_default() -> None:
         ("features.window", "hannn", "features.window: found 'hannn', did you mean 'hann'"),
         ("checkpoint.keep_last", "1", "checkpoint.keep_last: found 1, expected greater than or equal to 2"),
         ("training.epochs", "[", "training.epochs: the value '[' cannot be read"),
+        ("training.threads", "1e11", "training.threads: found 100000000000.0, expected integer"),
+        (
+            "training.threads",
+            "100000000000",
+            "training.threads: found 100000000000, expected less than or equal to 1024",
+        ),
+        ("features.window_size", "1e300", "features.window_size: found 1e+300, expected less than or equal to 1"),
+        ("features.window_stride", "1e300", "features.window_stride: found 1e+300, expected less than or equal to 1"),
+        (
+            "features.sample_rate",
+            f"{10**20}",
+            f"features.sample_rate: found {10**20}, expected less than or equal to 10",
+        ),
         ("training", "3", "training: unknown key"),
         ("schedule.epochs", "[1, x]", "schedule.epochs.1: found 'x', expected integer"),
         ("training.epochs.x", "3", "training.epochs.x: unknown key; did you mean 'training.epochs'"),
@@ -98,13 +111,26 @@ def test_a_wrong_key_or_value_is_refused_with_the_nearest_choice(key: str, text:
         ("training:\n\t- x\n", r"params\.yaml: not valid YAML"),
         ("- a\n- b\n", r"params\.yaml: expected sections such as 'model:', found list"),
         ("training:\n  epochs: 1\n  epochs: 2\n", r"params\.yaml: not valid YAML"),
+        ("training:\n  seed: 2024-01-01\n", r"params\.yaml: training\.seed: found .*, a datetime\.date, expected"),
+        ("training:\n  seed: 2024-13-45\n", r"params\.yaml: not valid YAML: month must be"),
+        ("tracking:\n  run_name: \udce4\n", r"params\.yaml: not valid YAML: .*can't decode byte 0xe4"),
+        ("model: &a\n  settings: *a\n", r"params\.yaml: model: lies within itself"),
+        ("data:\n  source: !!binary aGVsbG8=\n", r"params\.yaml: data\.source: found b'hello', a builtins\.bytes"),
+        ("model:\n  ? [a, b]\n  : 1\n", r"params\.yaml: model: found the key \('a', 'b'\), a builtins\.tuple"),
+        ("optimizer.lr: 1\n", r"params\.yaml: the settings: found the key 'optimizer\.lr', expected none with a dot"),
+        ("model: " + "[" * 5000 + "]" * 5000, r"params\.yaml: not valid YAML: maximum recursion depth"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_its_file(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(content)
+    path.write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         Config.load(path)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}: cannot be read as a recipe"):
+        Config.load(tmp_path)
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
@@ -182,6 +208,13 @@ def test_a_key_that_is_no_text_is_refused() -> None:
         plain_settings({"layers": {3: "x"}})
 
 
+def test_a_key_with_a_dot_is_refused() -> None:
+    """It would be one with a key of a section, and two settings would have one digest."""
+    for use in (plain_settings, lambda tree: dict(flatten(tree))):
+        with pytest.raises(UserError, match=r"^inner: found the key 'a\.b', expected none with a dot"):
+            use({"inner": {"a.b": 1, "a": {"b": 2}}})
+
+
 def test_what_came_later_does_not_count_at_its_default() -> None:
     """A run from before goes on: its recipe lacks these keys, and its checkpoints hold this digest."""
     before = "4c1b19cc1ab2638d20dbe5232fa8d8c7012a8c3b400ed7926fe84e44b1113eb8"
@@ -233,7 +266,12 @@ def test_settings_of_the_users_own_are_all_decisive() -> None:
 
 
 def test_settings_come_back_from_their_yaml() -> None:
-    settings = {"b": {"lr": 3e-4, "none": None, "on": True, "list": [1, 2.5, "x"]}, "a": "naïve: text", "no": "no"}
+    settings = {
+        "next\x85line": "\x85",
+        "b": {"lr": 3e-4, "none": None, "on": True, "list": [1, 2.5, "x\x85"]},
+        "a": "naïve: text",
+        "no": "no",
+    }
     text = settings_yaml(settings)
     again = YAML(typ="safe").load(text)
     assert again == settings

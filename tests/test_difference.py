@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import torch
 
 from experiments import go_on, new_project, run_experiment, toy_trainer, train
 from project import run
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.difference_report import difference_page, difference_text
 from sonosco_mlflow.errors import UserError
@@ -24,6 +26,7 @@ from sonosco_mlflow.tracking.difference import Difference, difference_of
 from sonosco_mlflow.tracking.environment import Environment, describe_environment
 from sonosco_mlflow.tracking.rebuilt import Rebuilt
 from sonosco_mlflow.tracking.store import find_run, search_runs
+from sonosco_mlflow.tracking.tags import LANGUAGE_MODEL_DIGEST
 from sonosco_mlflow.tracking.verification import verify_run
 from toy import change_a_sample
 
@@ -129,6 +132,43 @@ def test_files_that_no_training_runs_can_have_changed_nothing(
     (change,) = found.changes
     assert (change.what, change.matters) == (("README.md", "tests/test_model.py"), False)
     assert "code (can have changed nothing)\n  README.md" in difference_text(found)
+
+
+def test_a_file_that_a_program_reads_may_have_done_it(first: str, tone_manifest: Manifest, project: Path) -> None:
+    path = project / "conf" / "model.yaml"
+    path.parent.mkdir()
+    path.write_text("lr: 0.002\n")
+    try:
+        found = compare(first, run_experiment(toy_trainer(tone_manifest, learning_rate=2e-3), project), project)
+    finally:
+        shutil.rmtree(path.parent)
+    assert found.cause == "code: conf/model.yaml"
+
+
+def decoded(beam: int, manifest: Manifest, project: Path) -> Experiment:
+    recipe = Config.resolve({"decoding": {"beam": beam}}, {})
+    return train(Experiment.create(recipe, project=project, name="decoded"), toy_trainer(manifest))
+
+
+def tested_worse(run_id: str, database: str) -> None:
+    query = "UPDATE metrics SET value = value + 1 WHERE key = 'test_word_error_rate' AND run_uuid = ?"
+    with sqlite3.connect(database.removeprefix("sqlite:///")) as connection:
+        connection.execute(query, [run_id])
+
+
+def test_how_the_test_set_is_decoded_matters_to_what_comes_of_it_alone(
+    module_store: str, tone_manifest: Manifest, project: Path
+) -> None:
+    one, other = (decoded(beam, tone_manifest, project) for beam in (1, 4))
+    lines = ("decoding.beam was 1, is 4",)
+    found = compare(one.run.id, other, project)
+    assert [(change.name, change.what, change.matters) for change in found.changes] == [("decoding", lines, False)]
+    tested_worse(other.run.id, module_store)
+    assert compare(one.run.id, other, project).cause == f"decoding: {lines[0]}"
+    for run_id, digest in ((one.run.id, "a" * 64), (other.run.id, "b" * 64)):
+        mlflow.MlflowClient().set_tag(run_id, LANGUAGE_MODEL_DIGEST, digest)
+    cause = compare(one.run.id, other, project).cause
+    assert cause == f"decoding: {lines[0]}, the language model (bbbbbbbbbbbb, was aaaaaaaaaaaa)"
 
 
 def test_other_data_environment_and_arithmetic_are_each_named(

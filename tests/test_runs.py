@@ -175,6 +175,7 @@ def test_other_data_than_the_runs_is_refused(project: Path, outcome: Outcome) ->
     ("key", "value", "named"),
     [
         ("training.device", "gpu", "training.device: found 'gpu'"),
+        ("training.device", "meta", "training.device: found 'meta'"),
         ("features.window_size", "0.000001", "features.window_size 1e-06"),
         ("features.n_mels", "100000", "features.n_mels is 100000"),
         ("model.settings.dropout", "2", "model.settings.*dropout"),

@@ -18,12 +18,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from sonosco_mlflow.errors import UserError, nearest
-from sonosco_mlflow.settings import Scalar, flatten, settings_digest, settings_yaml
+from sonosco_mlflow.settings import Scalar, flatten, plain_settings, settings_digest, settings_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Beyond these, what is computed before any data is read takes gigabytes, or breaks off.
+Seconds = Annotated[float, Field(gt=0, le=1)]
+
+# A date or a number that is none, bytes that are no UTF-8, and what is nested too deeply, are told by Python's own.
+_NOT_YAML = (YAMLError, ValueError, RecursionError)
 
 # `mlflow run -P model=tds` is short for the key that people set most.
 ALIASES = {"model": "model.name"}
@@ -56,10 +61,10 @@ class Data(Section):
 class Features(Section):
     """Log-mel features; sizes in seconds."""
 
-    sample_rate: Positive = 16000
+    sample_rate: Annotated[int, Field(gt=0, le=1_000_000)] = 16000
     n_mels: Positive = 80
-    window_size: Rate = 0.025
-    window_stride: Rate = 0.01
+    window_size: Seconds = 0.025
+    window_stride: Seconds = 0.01
     window: Literal["hann", "hamming", "blackman", "povey"] = "hann"
     dtype: Literal["float32", "float16"] = "float32"
 
@@ -146,7 +151,7 @@ class Training(Section):
     validate_every_steps: Positive | None = None
     early_stopping_patience: Positive | None = None
     soft_window_epochs: NotNegative = 2
-    threads: Positive = 1
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
     device: str = "cpu"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -218,11 +223,21 @@ class Config(Section):
             recipe = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
         except FileNotFoundError as error:
             raise UserError(f"{path}: no recipe here; run in the project's folder or pass --params") from error
-        except YAMLError as error:
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read as a recipe: {error}") from error
+        except _NOT_YAML as error:
             raise UserError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(recipe, dict):
             raise UserError(f"{path}: expected sections such as 'model:', found {type(recipe).__name__}")
-        return cls.resolve(recipe, overrides or {}, origin=str(path))
+        plain: dict[str, object] = {}
+        for section, keys in recipe.items():
+            try:
+                plain |= plain_settings({section: keys})
+            except RecursionError as error:
+                raise UserError(f"{path}: {section}: lies within itself, or is nested too deeply") from error
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+        return cls.resolve(plain, overrides or {}, origin=str(path))
 
     @classmethod
     def resolve(
@@ -295,7 +310,7 @@ def _parse(key: str, text: str) -> object:
     try:
         # A bare `key=` means the empty string, not YAML's null.
         return YAML(typ="safe").load(text) if text else ""
-    except YAMLError as error:
+    except _NOT_YAML as error:
         raise UserError(f"{key}: the value {text!r} cannot be read: {error}") from error
 
 

@@ -77,7 +77,8 @@ def check_recipe(config: Config) -> dict[str, object]:
 
 def _check_device(name: str) -> None:
     try:
-        torch.zeros(1, device=name)
+        # Read back: the meta device makes tensors without content.
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from io import StringIO
 
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from sonosco_mlflow.errors import UserError
 
@@ -20,7 +21,8 @@ def plain_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """Return nested settings of a program's own as YAML and JSON can keep them: tuples as lists.
 
     Raises:
-        UserError: a value is none that comes back from there as it was; the message names its key and its type.
+        UserError: a value is none that comes back from there as it was, or a key is no text or has a dot in it; the
+            message names the key and its type.
     """
     return {name: _plain(name, value) for name, value in _named("the settings", settings)}
 
@@ -35,8 +37,21 @@ def settings_yaml(settings: Mapping[str, object]) -> str:
     stream = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(dict(settings), stream)
+    yaml.dump(_quoted(settings), stream)
     return stream.getvalue()
+
+
+def _quoted(value: object) -> object:
+    """Return settings in which each text with a line break that YAML would fold is one that is written escaped."""
+    match value:
+        case str():
+            return DoubleQuotedScalarString(value) if "\x85" in value else value
+        case Mapping():
+            return {_quoted(name): _quoted(item) for name, item in value.items()}
+        case list():
+            return [_quoted(item) for item in value]
+        case _:
+            return value
 
 
 def flatten(settings: Mapping[str, object]) -> Iterator[tuple[str, Scalar]]:
@@ -77,6 +92,11 @@ def _named(key: str, settings: Mapping[str, object]) -> Iterator[tuple[str, obje
     for name, value in settings.items():
         if type(name) is not str:
             raise UserError(f"{key}: found the key {name!r}, a {_type_name(name)}, expected a text")
+        if "." in name:
+            # Flat, it would be one with a key of the section that it names.
+            raise UserError(
+                f"{key}: found the key {name!r}, expected none with a dot: write a section, or another name"
+            )
         yield name, value
 
 

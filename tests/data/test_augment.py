@@ -138,3 +138,15 @@ def test_silence_stays_silent_and_short_recordings_survive() -> None:
 def test_a_higher_ratio_first_is_refused() -> None:
     with pytest.raises(UserError, match=r"augment\.noise_snr: found \[20, 10\], expected the lower ratio first"):
         Noise(20, 10)
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(math.inf, math.inf), (-1e4, 0), (0, 1e4), (math.nan, 3)])
+def test_a_ratio_that_is_none_is_refused(lowest: float, highest: float) -> None:
+    with pytest.raises(UserError, match=r"augment\.noise_snr: found .*, both from -100 to 100"):
+        Noise(lowest, highest)
+
+
+def test_a_speed_that_no_resampling_can_afford_is_refused() -> None:
+    assert SpeedPerturbation([0.951]).samples(951, random_stream(0)) == 1000
+    with pytest.raises(UserError, match=r"augment\.speeds: found \[1\.0, 0\.95111\], expected .* three decimals"):
+        SpeedPerturbation([1.0, 0.95111])

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,13 @@ def test_the_spelling_is_keyed_by_seed_epoch_and_utterance(tone_manifest: Manife
     assert datasets[0][position].tokens.tolist() == pieces.encode(text)
     assert len({tuple(datasets[0].sample(position, epoch).tokens.tolist()) for epoch in range(20)}) > 1
     assert {pieces.decode(datasets[0].sample(position, epoch).tokens.tolist()) for epoch in range(20)} == {text}
+
+
+def test_no_word_is_sampled_of_an_empty_text(tone_manifest: Manifest) -> None:
+    manifest = Manifest([replace(tone_manifest[0], text="")], tone_manifest.root)
+    pieces = WordPieceTokenizer(["▁", "A"], [-1.0, -2.0])
+    tokens = AudioDataset(manifest, PROCESSOR, pieces, word_sampling=0.5).sample(0, epoch=0).tokens
+    assert (tokens.dtype, tokens.shape) == (torch.int64, (0,))
 
 
 def test_sampling_counts_in_the_digest_and_without_it_nothing_new_does(tone_manifest: Manifest) -> None:

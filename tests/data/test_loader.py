@@ -1,5 +1,6 @@
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sonosco_mlflow.data.dataset import AudioDataset, Sample
 from sonosco_mlflow.data.features import extract_features
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch, collate
 from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.text import SpecialToken
 from toy import PROCESSOR, TOKENIZER, tone_loader
 
@@ -265,3 +267,18 @@ def test_the_loader_knows_its_tokenizer(tone_manifest: Manifest) -> None:
     loader = tone_loader(tone_manifest)
     assert isinstance(loader, AudioDataLoader)
     assert loader.tokenizer is loader.dataset.tokenizer
+
+
+def test_a_broken_recording_is_told_alike_whichever_process_reads_it(tone_manifest: Manifest, tmp_path: Path) -> None:
+    shutil.copytree(tone_manifest.root, tmp_path / "tones")
+    manifest = Manifest(tone_manifest, tmp_path / "tones")
+    loaders = [moving_loader(manifest, workers) for workers in (0, 1)]
+    path = manifest.audio_path(manifest[3])
+    path.write_bytes(b"garbage")
+    told = []
+    for loader in loaders:
+        with pytest.raises(UserError) as found:
+            list(loader.epoch(0))
+        told.append(describe_failure(found.value))
+    assert told[0] == told[1]
+    assert told[0].startswith(str(path))

@@ -1,6 +1,7 @@
 import io
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -82,6 +83,8 @@ HELD_OUT = Change("data", ("dev: utterance b was added", "data/features/dev/shar
 CODE = Change("code", ("src/model.py",))
 DOCS = Change("code", ("docs/index.md",), matters=False)
 NUMERICS = Change("numerics", ("threads was 1, is 2",))
+DECODING = Change("decoding", ("decoding.beam was 1, is 4",), matters=False)
+TESTED = Parting(6, "test_word_error_rate was 1.0, is 0.5")
 TRAINING, EVALUATION = Parting(3, "train_loss was 1.0, is 2.0"), Parting(6, "val_loss was 1.0, is 2.0")
 
 
@@ -94,6 +97,8 @@ TRAINING, EVALUATION = Parting(3, "train_loss was 1.0, is 2.0"), Parting(6, "val
         ([CODE, CONFIG, HELD_OUT], EVALUATION, [HELD_OUT, CONFIG, CODE]),
         ([CODE, CONFIG, HELD_OUT], Parting(6, "only the other has val_loss"), [HELD_OUT, CONFIG, CODE]),
         ([CODE, CONFIG], None, [CONFIG, CODE]),
+        ([CODE, DECODING, CONFIG], EVALUATION, [CONFIG, CODE, DECODING]),
+        ([CODE, DECODING, CONFIG], TESTED, [replace(DECODING, matters=True), CONFIG, CODE]),
     ],
 )
 def test_the_likeliest_cause_comes_first(

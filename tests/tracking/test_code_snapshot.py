@@ -343,6 +343,25 @@ def test_settings_of_git_hide_nothing(repository: Path, tmp_path_factory: pytest
     assert tree(clone) == tree(repository)
 
 
+@pytest.mark.parametrize("mark", ["assume-unchanged", "skip-worktree"])
+def test_a_mark_in_the_index_hides_nothing(repository: Path, mark: str) -> None:
+    (repository / "sparse.py").write_text("y = 1\n")
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "--message", "second")
+    git(repository, "update-index", f"--{mark}", "tracked.py")
+    assert not snapshot_code(repository).dirty
+    (repository / "tracked.py").write_text("x = 2\n")
+    snapshot = snapshot_code(repository)
+    assert snapshot.dirty
+    assert b"-x = 1\n+x = 2\n" in snapshot.patch
+    git(repository, "update-index", f"--no-{mark}", "tracked.py")
+    git(repository, "checkout", "tracked.py")
+    # What a sparse checkout leaves out was not deleted.
+    git(repository, "update-index", "--skip-worktree", "sparse.py")
+    (repository / "sparse.py").unlink()
+    assert (snapshot_code(repository).dirty, snapshot_code(repository).patch) == (False, b"")
+
+
 def test_a_name_that_is_not_utf_8(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     odd = os.fsdecode(b"caf\xe9.py")
     (repository / odd).write_text("x = 1\n")

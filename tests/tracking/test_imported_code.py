@@ -1,12 +1,15 @@
 """What a process has imported is kept, wherever it lies; each is a process of its own here."""
 
+import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import _cffi_backend
 import mlflow
 import pytest
 
@@ -50,6 +53,11 @@ def report(
     ours = [name for name in names if "/sonosco_mlflow/" not in name]
     assert len(names) - len(ours) > 100, "this package is in it"
     return ours, digest, command, late
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture
@@ -138,6 +146,37 @@ def test_in_a_repository_git_says_what_is_code_and_what_is_imported_is_added(tmp
     # Something may be imported from there later.
     assert command["path"] == [".", ".imported/sonosco_mlflow", ".imported/space", "libs"]
     assert late == [str(library / "late.py")]
+
+
+def test_what_is_imported_later_is_to_be_as_it_was_kept(tmp_path: Path, library: Path) -> None:
+    project = new_project(made(tmp_path / "project"))
+    for name in ("before", "edited", "same"):
+        (project / f"{name}.py").write_text("x = 1\n")
+    edit = """
+for name in ("before", "edited", "made", "same"):
+    text = "x = 1\\n" if name == "same" else "x = 2  # edited\\n"
+    Path(f"{name}.py").write_text(text)
+import edited, made, same
+"""
+    program = REPORT.replace("import late\n", "import late\n" + edit)
+    (project / "program.py").write_text(f"import before\n{program}")
+    late = report(project, ["program.py"], project=project, path=[library])[3]
+    assert late == sorted(map(str, (library / "late.py", project / "edited.py", project / "made.py")))
+
+
+@pytest.mark.parametrize("place", ["project", "library"])
+def test_a_compiled_module_that_is_nowhere_kept_is_named_with_its_digest(
+    tmp_path: Path, library: Path, place: str
+) -> None:
+    project = new_project(made(tmp_path / "project"))
+    (project / ".gitignore").write_text("*.so\n")
+    (source,) = Path(_cffi_backend.__file__).parent.glob("_cffi_backend*.so")
+    path = Path(shutil.copy(source, tmp_path / place))
+    (project / "program.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(path.parent)!r})\nimport _cffi_backend\n{REPORT}"
+    )
+    warning = f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})"
+    report(project, ["program.py"], project=project, path=[library], warning=warning)
 
 
 def test_a_module_that_python_started_stands_under_its_own_name(tmp_path: Path, library: Path) -> None:

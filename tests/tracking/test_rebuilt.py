@@ -6,6 +6,8 @@ import pytest
 
 from sonosco_mlflow.tracking import rebuilt, repository
 from sonosco_mlflow.tracking.code_snapshot import snapshot_code
+from sonosco_mlflow.tracking.environment import Environment
+from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.segments import Segment
 
 
@@ -49,3 +51,20 @@ def test_without_it_the_run_is_made_again_and_that_is_said(
     assert not (tmp_path / "tree" / "large.bin").exists()
     assert (tmp_path / "tree" / "sub" / "train.py").exists()
     assert f"large.bin was left out of the run's code snapshot, and {large} is not that file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("trains_recipe", "expected"), [(True, "size: 1\n"), (False, "own: 3\n")])
+def test_only_a_command_that_trains_a_recipe_reads_it_from_params(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains_recipe: bool, expected: str
+) -> None:
+    (project / "params.yaml").write_text("own: 3\n")
+    snapshot = snapshot_code(project)
+    command = Command(("train.py",), "sub", (), trains_recipe)
+    kept = {
+        **{"archive": snapshot.archive, "git": snapshot.git_json(), "command": command.to_json()},
+        **{"settings": {"size": 1}, "environment": Environment("", {}), "data_lock": None},
+    }
+    for name, value in kept.items():
+        monkeypatch.setattr(Segment, name, lambda self, value=value: value)
+    rebuilt.rebuild(Segment("run"), project, tmp_path / "again", "local", None)
+    assert (tmp_path / "again" / "project" / "sub" / "params.yaml").read_text() == expected

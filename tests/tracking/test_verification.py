@@ -14,9 +14,19 @@ from sonosco_mlflow import overview
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.tracking import origin
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.store import models_of
-from sonosco_mlflow.tracking.tags import CHECKPOINT, CODE_DIGEST, LEDGER_DIGEST, WEIGHTS_DIGEST
+from sonosco_mlflow.tracking.tags import (
+    CANARY,
+    CHECKPOINT,
+    CODE_DIGEST,
+    COMMIT,
+    DIRTY,
+    IMPORTED_DIGEST,
+    LEDGER_DIGEST,
+    WEIGHTS_DIGEST,
+)
 from sonosco_mlflow.tracking.verification import Verification, verify_run
 from sonosco_mlflow.training.callbacks import Callback
 from sonosco_mlflow.training.trainer import ModelTrainer
@@ -26,10 +36,13 @@ LAST = "checkpoints/step-00000012"
 
 
 class OwnFiles(Callback, is_part_of_trainer=False):
-    """What a user logs without a word to us: an artifact that each process replaces, and a model."""
+    """What a user logs without a word to us: a metric, an artifact that each process replaces, and a model."""
 
     def on_train_begin(self, trainer: ModelTrainer) -> None:
         mlflow.log_text(f"at {trainer.progress.step}", "own/note.txt")
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        mlflow.log_metric("own", trainer.progress.step, step=trainer.progress.step)
 
     def on_train_end(self, trainer: ModelTrainer) -> None:
         model = mlflow.initialize_logged_model(name="own")
@@ -92,7 +105,9 @@ def test_a_run_that_was_left_alone_is_as_recorded(run_id: str, capsys: pytest.Ca
     assert len(own) >= len(models) > 1
     assert found.files == len(files) - 1 + len(own)
     history = mlflow.MlflowClient().get_metric_history
-    metrics = [name for name in mlflow.get_run(run_id).data.metrics if not name.startswith(("system/", "resume."))]
+    metrics = [
+        name for name in mlflow.get_run(run_id).data.metrics if not name.startswith(("system/", "resume.", "own"))
+    ]
     assert found.rows == sum(len(history(run_id, name)) for name in metrics) > 30
     overview.show_verification(found)
     assert capsys.readouterr().out.endswith("all is as recorded\n")
@@ -131,10 +146,10 @@ def test_what_was_added_is_told(run_id: str) -> None:
     assert "added after the run had ended" in found.findings[0].what
 
 
-def test_an_altered_code_snapshot_is_seen_in_the_tag_too(run_id: str) -> None:
+def test_an_altered_code_snapshot_is_seen_in_the_tags_too(run_id: str) -> None:
     path, other = root(run_id) / "segments/2/code/snapshot.zip", b"PK\x05\x06" + bytes(18)
     with replaced(path, other):
-        assert named(run_id) == ["segments/2/code/snapshot.zip", CODE_DIGEST]
+        assert named(run_id) == ["segments/2/code/snapshot.zip", CODE_DIGEST, IMPORTED_DIGEST]
 
 
 def test_an_altered_ledger_is_told(run_id: str) -> None:
@@ -143,7 +158,13 @@ def test_an_altered_ledger_is_told(run_id: str) -> None:
         assert named(run_id) == ["ledger.json"]
 
 
-@pytest.mark.parametrize(("tag", "other"), [(WEIGHTS_DIGEST, "0" * 64), (CHECKPOINT, "checkpoints/step-00000099")])
+@pytest.mark.parametrize(
+    ("tag", "other"),
+    [
+        *((tag, "0" * 64) for tag in (WEIGHTS_DIGEST, IMPORTED_DIGEST, CANARY, COMMIT)),
+        *((CHECKPOINT, "checkpoints/step-00000099"), (DIRTY, "false")),
+    ],
+)
 def test_a_tag_that_says_something_else_is_told(run_id: str, tag: str, other: str) -> None:
     client = mlflow.MlflowClient()
     before = mlflow.get_run(run_id).data.tags[tag]
@@ -151,6 +172,44 @@ def test_a_tag_that_says_something_else_is_told(run_id: str, tag: str, other: st
     found = named(run_id)
     client.set_tag(run_id, tag, before)
     assert found == [tag]
+
+
+def test_a_finished_run_that_has_lost_its_ledger_is_told(run_id: str) -> None:
+    client = mlflow.MlflowClient()
+    before = mlflow.get_run(run_id).data.tags[LEDGER_DIGEST]
+    client.delete_tag(run_id, LEDGER_DIGEST)
+    found = verify_run(run_id)
+    client.set_tag(run_id, LEDGER_DIGEST, before)
+    assert not found.has_ledger
+    assert [finding.name for finding in found.findings] == [LEDGER_DIGEST]
+    assert named(run_id) == []
+
+
+def test_the_parameters_are_those_of_the_recipe(
+    run_id: str, tone_manifest: Manifest, tmp_path: Path, tracking_database: str
+) -> None:
+    first = run_experiment(toy_trainer(tone_manifest), new_project(tmp_path)).run.id
+    query = "UPDATE params SET value = ? WHERE key = 'config.size' AND run_uuid = ?"
+    for altered in (run_id, first):
+        with sqlite3.connect(tracking_database.removeprefix("sqlite:///")) as database:
+            database.execute(query, ["99", altered])
+            database.commit()
+            found = verify_run(altered).findings
+            database.execute(query, ["1", altered])
+        assert [(finding.name, finding.what) for finding in found] == [("parameter config.size", "is '99', was '1'")]
+        assert named(altered) == []
+
+
+def test_what_another_program_has_imported_is_forgotten_with_it(
+    tone_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = new_project(tmp_path)
+    stopped = run_experiment(toy_trainer(tone_manifest, stop_at=5), project).run.id
+    assert IMPORTED_DIGEST in mlflow.get_run(stopped).data.tags
+    take = origin.snapshot_code
+    monkeypatch.setattr(origin, "snapshot_code", lambda folder: replace(take(folder), imported_digest=""))
+    go_on(stopped, toy_trainer(tone_manifest), project)
+    assert IMPORTED_DIGEST not in mlflow.get_run(stopped).data.tags
 
 
 def test_a_metric_that_was_altered_removed_or_added_is_named(run_id: str, tracking_database: str) -> None:
@@ -172,8 +231,37 @@ def test_a_metric_that_was_altered_removed_or_added_is_named(run_id: str, tracki
             database.commit()
             assert found[0].name == "metric train_loss at step 7"
             assert what in found[0].what
-    assert [finding.name for finding in found[1:]] == ["metric train_loss at step 70"]
+    assert [finding.name for finding in found[1:]] == ["metric train_loss at step 70", "metric train_loss"]
     assert named(run_id) == []
+
+
+def test_a_second_row_of_a_step_is_named_whenever_it_was_written(run_id: str, tracking_database: str) -> None:
+    client = mlflow.MlflowClient()
+    row = next(item for item in client.get_metric_history(run_id, "train_loss") if item.step == 7)
+    for delay in (-1000, 1000):
+        client.log_metric(run_id, "train_loss", row.value / 2, step=7, timestamp=row.timestamp + delay)
+        found = verify_run(run_id).findings
+        with sqlite3.connect(tracking_database.removeprefix("sqlite:///")) as database:
+            database.execute(
+                "DELETE FROM metrics WHERE timestamp = ? AND run_uuid = ?", [row.timestamp + delay, run_id]
+            )
+        assert [(finding.name, finding.what) for finding in found] == [
+            ("metric train_loss at step 7", f"is {row.value / 2!r}, was {row.value!r}")
+        ]
+    assert named(run_id) == []
+
+
+def test_what_lists_of_runs_show_is_the_last_row(run_id: str, tracking_database: str) -> None:
+    before = mlflow.get_run(run_id).data.metrics["test_word_error_rate"]
+    query = "UPDATE latest_metrics SET value = ? WHERE key = 'test_word_error_rate' AND run_uuid = ?"
+    with sqlite3.connect(tracking_database.removeprefix("sqlite:///")) as database:
+        database.execute(query, [0.001, run_id])
+        database.commit()
+        found = verify_run(run_id).findings
+        database.execute(query, [before, run_id])
+    assert [(finding.name, finding.what) for finding in found] == [
+        ("metric test_word_error_rate", f"is shown as 0.001, its last row is {before!r}")
+    ]
 
 
 def test_a_run_that_was_cut_off_is_compared_as_far_as_it_goes(tone_manifest: Manifest, tmp_path: Path) -> None:
@@ -215,6 +303,21 @@ def test_a_finished_run_that_goes_on_has_no_final_weights_until_it_ends_again(
     run_id = run_experiment(toy_trainer(tone_manifest), project).run.id
     go_on(run_id, toy_trainer(tone_manifest, epochs=3, stop_at=14), project)
     assert WEIGHTS_DIGEST not in mlflow.get_run(run_id).data.tags
+    assert named(run_id) == []
+
+
+def test_an_end_whose_checkpoint_was_broken_is_no_damage_to_a_run_that_has_gone_on(
+    tone_manifest: Manifest, tmp_path: Path
+) -> None:
+    project = new_project(tmp_path)
+    experiment = run_experiment(toy_trainer(tone_manifest), project)
+    run_id = experiment.run.id
+    for path in (root(run_id) / LAST / "model.safetensors", experiment.folder / LAST / "model.safetensors"):
+        path.write_bytes(flipped(path))
+    with pytest.warns(UserWarning, match="step-00000012"):
+        go_on(run_id, toy_trainer(tone_manifest, epochs=3), project)
+    record = root(run_id) / "segments" / "2" / "segment.json"
+    assert '"checkpoint": "step-00000008"' in record.read_text()
     assert named(run_id) == []
 
 

@@ -17,6 +17,10 @@ from sonosco_mlflow.data.processor import resampled, resampled_length
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import serializable
 
+# What resampling costs grows with the denominator.
+_LARGEST_DENOMINATOR = 1000
+_LARGEST_RATIO = 100.0
+
 
 class Augmentation(Protocol):
     """A random change of features."""
@@ -87,6 +91,11 @@ class SpecAugment:
         return features
 
 
+def _ratio(speed: float) -> tuple[int, int]:
+    """Return a speed as a fraction, as it is written: 0.9 is 9/10."""
+    return Fraction(str(speed)).as_integer_ratio()
+
+
 @serializable
 class SpeedPerturbation:
     """Plays a recording at one of several speeds, pitch and all (Ko et al. 2015, "Audio augmentation").
@@ -99,9 +108,10 @@ class SpeedPerturbation:
     """
 
     def __init__(self, speeds: Sequence[float] = (0.9, 1.0, 1.1)) -> None:
-        if not speeds or not all(0.5 <= speed <= 2 for speed in speeds):
+        if not speeds or not all(0.5 <= speed <= 2 and _ratio(speed)[1] <= _LARGEST_DENOMINATOR for speed in speeds):
             raise UserError(
-                f"augment.speeds: found {list(speeds)}, expected numbers from 0.5 to 2, such as [0.9, 1.0, 1.1]"
+                f"augment.speeds: found {list(speeds)}, expected numbers from 0.5 to 2 with up to three decimals, such "
+                "as [0.9, 1.0, 1.1]"
             )
         self.speeds = list(speeds)
 
@@ -114,9 +124,7 @@ class SpeedPerturbation:
         return resampled(waveform, *self._rates(stream))
 
     def _rates(self, stream: np.random.Generator) -> tuple[int, int]:
-        speed = self.speeds[_uniform_integer(stream, len(self.speeds) - 1)]
-        # As it is written: 0.9 is 9/10.
-        return Fraction(str(speed)).as_integer_ratio()
+        return _ratio(self.speeds[_uniform_integer(stream, len(self.speeds) - 1)])
 
 
 @serializable
@@ -132,12 +140,14 @@ class Noise:
         share: probability that there is noise at all.
 
     Raises:
-        UserError: ``lowest`` is above ``highest``.
+        UserError: ``lowest`` is above ``highest``, or one is beyond 100 dB.
     """
 
     def __init__(self, lowest: float = 10.0, highest: float = 30.0, share: float = 0.5) -> None:
-        if not lowest <= highest:
-            raise UserError(f"augment.noise_snr: found {[lowest, highest]}, expected the lower ratio first")
+        if not -_LARGEST_RATIO <= lowest <= highest <= _LARGEST_RATIO:
+            raise UserError(
+                f"augment.noise_snr: found {[lowest, highest]}, expected the lower ratio first, both from -100 to 100"
+            )
         self.lowest = lowest
         self.highest = highest
         self.share = share

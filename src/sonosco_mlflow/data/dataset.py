@@ -150,9 +150,8 @@ class AudioDataset:
         if self.word_sampling:
             assert isinstance(self.tokenizer, WordPieceTokenizer)
             stream = random_stream(self.seed, "word pieces", epoch, sample.id)
-            sample = replace(
-                sample, tokens=torch.tensor(self.tokenizer.sampled(sample.text, self.word_sampling, stream))
-            )
+            pieces = self.tokenizer.sampled(sample.text, self.word_sampling, stream)
+            sample = replace(sample, tokens=torch.tensor(pieces, dtype=torch.int64))
         return sample
 
     def _frames(self) -> list[int]:

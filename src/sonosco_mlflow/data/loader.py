@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from sonosco_mlflow.data.batching import BatchPlan
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
 from sonosco_mlflow.determinism import one_thread
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.text import SpecialToken, Tokenizer
 
 
@@ -79,17 +80,28 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-class _Epoch(Dataset[Sample]):
-    """The dataset as one epoch sees it: the epoch is a key of the augmentation."""
+class _Epoch(Dataset[Sample | UserError]):
+    """The dataset as one epoch sees it: the epoch is a key of the augmentation.
+
+    A mistake of the user's is returned: raised in a worker, it would come as that process's traceback.
+    """
 
     def __init__(self, dataset: AudioDataset, epoch: int) -> None:
         self.dataset = dataset
         self.epoch = epoch
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, position: int) -> Sample | UserError:
         # As in a worker: to resample sums over samples, and sums are split by the number of threads.
         with one_thread():
-            return self.dataset.sample(position, self.epoch)
+            try:
+                return self.dataset.sample(position, self.epoch)
+            except UserError as error:
+                return error
+
+
+def _collated(samples: list[Sample | UserError]) -> Batch | UserError:
+    mistake = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    return mistake or collate([sample for sample in samples if isinstance(sample, Sample)])
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -165,11 +177,15 @@ class AudioDataLoader:
         return len(self._batches(epoch))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of ``epoch`` from number ``start`` on."""
+        """Yield the batches of ``epoch`` from number ``start`` on.
+
+        Raises:
+            UserError: an utterance of the next batch cannot be read; the same, whichever process would read it.
+        """
         loader = DataLoader(
             _Epoch(self.dataset, epoch),
             batch_sampler=self._batches(epoch)[start:],
-            collate_fn=collate,
+            collate_fn=_collated,
             num_workers=self.workers,
             worker_init_fn=_leave_signals_to_main,
             # A generator of its own: the DataLoader would otherwise draw a seed from torch's global one.
@@ -178,7 +194,10 @@ class AudioDataLoader:
         # A worker that has just been forked could be hit before it has said what it does with signals.
         with _signals_held_back():
             batches = iter(loader)
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def _batches(self, epoch: int) -> list[list[int]]:
         frames = self.dataset.frames_in(epoch)

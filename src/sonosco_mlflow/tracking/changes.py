@@ -3,7 +3,7 @@
 import difflib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,13 +20,15 @@ from sonosco_mlflow.tracking.tags import (
     DATA_DIGEST,
     ENVIRONMENT_DIGEST,
     IMPORTED_DIGEST,
+    LANGUAGE_MODEL_DIGEST,
 )
 
 # A longer list hides what it should show.
 MOST_NAMES = 6
-# Folders of a repository whose files no training imports.
-_BESIDE = ("tests", "docs", "benchmarks", "examples", "notebooks", ".github", ".ci")
-_RUNS = (".py", ".pyx", ".so", ".c", ".cpp", ".cu", ".toml", ".txt")
+# What no training reads: tests, documents, and what says how they are made. All else a program may import or open.
+_BESIDE = ("tests", "docs", ".github", ".ci")
+_DOCUMENTS = (".md", ".rst", ".ipynb", ".gitignore", ".gitattributes")
+_DECODING = "decoding."
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Change:
     """An input in which two runs differ.
 
     Attributes:
-        name: ``config``, ``code``, ``data``, ``environment`` or ``numerics``.
+        name: ``config``, ``decoding`` (of the test set), ``code``, ``data``, ``environment`` or ``numerics``.
         what: a line for each thing that differs.
-        matters: whether it can have changed what came out.
+        matters: whether it can have changed what came out; of ``decoding``, what came out of the training.
     """
 
     name: str
@@ -63,6 +65,10 @@ def input_changes(
     """
     find: dict[tuple[str, ...], tuple[str, Callable[[], Change]]] = {
         (CONFIG_DIGEST,): ("config", lambda: _config(one, other)),
+        (CONFIG_DIGEST, LANGUAGE_MODEL_DIGEST): (
+            "decoding",
+            lambda: Change("decoding", tuple(_decoding(one, its_tags, other, others_tags)), matters=False),
+        ),
         (DATA_DIGEST,): ("data", lambda: Change("data", tuple(_data(one, other, project)))),
         (CODE_DIGEST, IMPORTED_DIGEST): ("code", lambda: _code(one, other)),
         (ENVIRONMENT_DIGEST,): (
@@ -179,8 +185,21 @@ def _config(one: Segment, other: Segment) -> Change:
         return Change("config", tuple(changed))
     idle = config_changes(dict(flatten(one.settings())), dict(flatten(other.settings())))
     if idle:
-        return Change("config", tuple(idle), matters=False)
+        return Change("config", tuple(line for line in idle if not line.startswith(_DECODING)), matters=False)
     return Change("config", ("the recipe that the run kept is not the one whose digest it recorded",))
+
+
+def _decoding(
+    one: Segment, its_tags: Mapping[str, str], other: Segment, others_tags: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield what differs in how the test set is decoded; of settings that are no recipe, all are the config's."""
+    was, now = (tags.get(LANGUAGE_MODEL_DIGEST, "none") for tags in (its_tags, others_tags))
+    if one.trains_recipe() and other.trains_recipe():
+        flat = (dict(flatten(segment.settings())) for segment in (one, other))
+        recorded, present = ({key: side[key] for key in side if key.startswith(_DECODING)} for side in flat)
+        yield from config_changes(recorded, present)
+    if was != now:
+        yield f"the language model ({now[:12]}, was {was[:12]})"
 
 
 def _code(one: Segment, other: Segment) -> Change:
@@ -191,7 +210,7 @@ def _code(one: Segment, other: Segment) -> Change:
 
 def _may_run(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.parts[0] not in _BESIDE and path.suffix in _RUNS
+    return path.parts[0] not in _BESIDE and (path.suffix or path.name) not in _DOCUMENTS
 
 
 def _data(one: Segment, other: Segment, project: Path) -> list[str]:

@@ -21,7 +21,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.imported_code import CODE, ImportedCode, ignored_imports, imported_code, is_the_programs
+from sonosco_mlflow.tracking.imported_code import (
+    CODE,
+    ImportedCode,
+    compiled_imports,
+    ignored_imports,
+    imported_code,
+    is_the_programs,
+)
 from sonosco_mlflow.tracking.repository import (
     LARGEST_FILE,
     changed_files,
@@ -104,12 +111,16 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
     folder = folder.resolve()
     repository = repository_of(folder)
     if repository is None:
-        return _packed(folder, imported_code(folder, in_git=False), {})
+        imported = imported_code(folder, in_git=False)
+        _warn_of_compiled({*imported.files.values()})
+        return _packed(folder, imported, {})
     with repository:
         root = Path(repository.working_dir)
         is_output = _output_of(folder)
         listed = listed_files(repository, is_output)
-        packed = _packed(root, imported_code(root, in_git=True), listed)
+        imported = imported_code(root, in_git=True)
+        packed = _packed(root, imported, listed)
+        _warn_of_compiled({*listed.values(), *imported.files.values()})
         ignored = ignored_imports(root, {*listed.values()})
         if ignored:
             warnings.warn(
@@ -127,6 +138,16 @@ def snapshot_code(folder: Path) -> CodeSnapshot:
             remote=without_secrets(repository.remotes.origin.url) if "origin" in repository.remotes else None,
             dirty=not repository.head.is_valid() or any(is_code(name, listed) for name in changed),
             submodules=submodules(repository),
+        )
+
+
+def _warn_of_compiled(kept: Container[Path]) -> None:
+    compiled = [f"{path} (sha256 {file_digest(path)})" for path in compiled_imports(kept)]
+    if compiled:
+        warnings.warn(
+            "imported, and not in the run's code, because it is compiled and neither installed nor seen by git: "
+            + ", ".join(compiled),
+            stacklevel=3,
         )
 
 
@@ -171,13 +192,18 @@ def _packed(root: Path, imported: ImportedCode, listed: Mapping[str, Path]) -> C
 
 
 def imported_since(snapshot: CodeSnapshot) -> list[Path]:
-    """Return what this process has imported since, and the snapshot does not have."""
+    """Return what this process has imported since, and the snapshot does not have, or not as it is now."""
     root = snapshot.root.resolve()
-    with zipfile.ZipFile(io.BytesIO(snapshot.archive)) as files:
-        known = {root / name for name in (*map(_name, files.infolist()), *snapshot.left_out, *snapshot.withheld)}
     imported = imported_code(root, in_git=True)
+    entries = {**archived_files(snapshot.archive), **snapshot.left_out}
+    known = {(snapshot.imported.files.get(name) or root / name): digest for name, (_, digest) in entries.items()}
     code = {path for path in imported.files.values() if path.suffix in CODE}
-    return sorted(code - {*snapshot.imported.files.values()} - known)
+    missing = code - {*snapshot.imported.files.values()} - {*known} - {root / name for name in snapshot.withheld}
+    # What was imported before and is edited now, ran as the snapshot has it.
+    late = imported.modules - snapshot.imported.modules
+    # Of a link the snapshot has where it leads to.
+    links = {path for path in known if path.is_symlink()}
+    return sorted(missing | {path for path in late - links if known.get(path) != file_digest(path)})
 
 
 def unpack(archive: bytes, folder: Path) -> None:
@@ -258,9 +284,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]]) -> str:
-    """Return the digest (:attr:`CodeSnapshot.digest`) of the code in an archive, and of what was too large for it."""
-    return _digest({**archived_files(archive), **left_out})
+def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]], *, imported: bool = False) -> str:
+    """Return the digest of the code in an archive, and of what was too large for it.
+
+    It is :attr:`CodeSnapshot.digest`, or else, of what is ``imported``, :attr:`CodeSnapshot.imported_digest`.
+    """
+    return _digest({**archived_files(archive), **left_out}, imported=imported)
 
 
 def imported_digests(archive: bytes, other: bytes) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, posit
 from sonosco_mlflow.serialization.state import tensor_bytes
 from sonosco_mlflow.tracking.journal import storable
 from sonosco_mlflow.tracking.mlflow_run import metric_records
-from sonosco_mlflow.tracking.segments import steps_gone_on_from
+from sonosco_mlflow.tracking.segments import steps_of_ends
 from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names, download, find_run
 from sonosco_mlflow.training.callbacks.base import is_timing
 
@@ -130,9 +130,9 @@ def _last_step(rows: _Rows) -> int:
 
 
 def _ends(run_id: str, reached: tuple[int, int]) -> frozenset[int]:
-    """Return the steps at which a run was at an end that the other one went beyond, or it itself later did."""
+    """Return the steps at which a run may have been at an end that the other went beyond, or it itself later did."""
     own, others = reached
-    return steps_gone_on_from(find_run(run_id)) | ({own} if own < others else set())
+    return frozenset(steps_of_ends(find_run(run_id), own)) | ({own} if own < others else set())
 
 
 def _compare_rows(one: _Rows, two: _Rows, ends: frozenset[int], others_ends: frozenset[int]) -> list[Parting]:

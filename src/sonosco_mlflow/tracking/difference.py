@@ -6,12 +6,12 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.changes import Change, input_changes, unified_code_diff
-from sonosco_mlflow.tracking.comparison import Comparison, Parting, compare_runs
+from sonosco_mlflow.tracking.comparison import AT_END, Comparison, Parting, compare_runs
 from sonosco_mlflow.tracking.description import RunLine
 from sonosco_mlflow.tracking.mlflow_run import metric_records
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
@@ -21,9 +21,9 @@ from sonosco_mlflow.training.callbacks.base import is_timing
 
 Curve = tuple[Sequence[int], Sequence[float]]
 # Of two inputs that differ, and both may have done it, the one that more often has.
-_ORDER = ("config", "data", "code", "environment", "numerics")
+_ORDER = ("decoding", "config", "data", "code", "environment", "numerics")
 _HELD_OUT = ("dev: ", "test: ", "data/features/dev/", "data/features/test/", "the dev ", "the test ")
-_EVALUATED = ("val_", "test_")
+_EVALUATED = ("val_", AT_END)
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,14 @@ def difference_of(one: str, other: str, project: Path) -> Difference:
 
 
 def likeliest_first(changes: Sequence[Change], parting: Parting | None) -> list[Change]:
-    """Return the changes in the order in which they are likely to have made two runs part."""
+    """Return the changes in the order in which they are likely to have made two runs part.
+
+    How the test set is decoded matters only where they part in what came of that.
+    """
     what = "" if parting is None else parting.what.removeprefix("only the original has ")
-    evaluated = what.removeprefix("only the other has ").startswith(_EVALUATED)
+    what = what.removeprefix("only the other has ")
+    evaluated, at_end = what.startswith(_EVALUATED), what.startswith(AT_END)
+    changes = [replace(change, matters=True) if change.name == "decoding" and at_end else change for change in changes]
 
     def rank(change: Change) -> tuple[bool, int]:
         order = _ORDER.index(change.name)

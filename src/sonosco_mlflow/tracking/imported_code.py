@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 IMPORTED = ".imported"
@@ -31,10 +32,12 @@ class ImportedCode:
     Attributes:
         files: each file by its name in the run's code.
         places: of each folder that modules were found in, what it is called in the run's code.
+        modules: what was imported by then, wherever it is kept.
     """
 
     files: dict[str, Path]
     places: dict[Path, list[str]]
+    modules: frozenset[Path] = frozenset()
 
     def place_of(self, path: Path) -> str | None:
         """Return the name of a file in the run's code, or None where it is not among it."""
@@ -51,7 +54,8 @@ def imported_code(root: Path, *, in_git: bool) -> ImportedCode:
     root = root.resolve()
     files: dict[str, Path] = {}
     places: dict[Path, list[str]] = {}
-    for source, modules in sorted(_sources().items(), key=lambda item: (item[0].name, item[0].folder)):
+    sources = _sources()
+    for source, modules in sorted(sources.items(), key=lambda item: (item[0].name, item[0].folder)):
         inside = source.folder.is_relative_to(root) and not is_installed(source.folder)
         top = source.name.partition("/")[0].removesuffix(".py")
         place = source.folder.relative_to(root).as_posix() if inside else f"{IMPORTED}/{top}"
@@ -62,7 +66,7 @@ def imported_code(root: Path, *, in_git: bool) -> ImportedCode:
         # A package that holds the whole project has its runs and data as well.
         for path in modules if root.is_relative_to(source.path) else source.files():
             files[Path(place, path.relative_to(source.folder)).as_posix()] = path
-    return ImportedCode(files, places)
+    return ImportedCode(files, places, frozenset(path for modules in sources.values() for path in modules))
 
 
 def ignored_imports(root: Path, listed: Container[Path]) -> list[Path]:
@@ -70,6 +74,14 @@ def ignored_imports(root: Path, listed: Container[Path]) -> list[Path]:
     root = root.resolve()
     found = (path for source, modules in _sources().items() if source.path.is_relative_to(root) for path in modules)
     return sorted(path for path in found if path.is_relative_to(root) and path not in listed)
+
+
+def compiled_imports(kept: Container[Path]) -> list[Path]:
+    """Return the compiled modules that were imported, are not installed, and are not among what is ``kept``."""
+    files = (getattr(module, "__file__", None) for module in sys.modules.copy().values())
+    compiled = (file for file in files if isinstance(file, str) and file.endswith(tuple(EXTENSION_SUFFIXES)))
+    found = {Path(file).resolve() for file in compiled if not is_installed(file)}
+    return sorted(path for path in found if path.is_file() and path not in kept)
 
 
 def is_the_programs(name: str) -> bool:

@@ -139,8 +139,12 @@ class TrackedRun:
     def forget_end(self) -> None:
         """Take back what the run says of the end that it had before."""
         self.open_ledger()
-        for outdated in {ERROR, WEIGHTS_DIGEST} & {*self._client.get_run(self.id).data.tags}:
-            self._client.delete_tag(self.id, outdated)
+        self.forget_tags(ERROR, WEIGHTS_DIGEST)
+
+    def forget_tags(self, *outdated: str) -> None:
+        """Delete those of these tags that the run has."""
+        for key in {*outdated} & {*self._client.get_run(self.id).data.tags}:
+            self._client.delete_tag(self.id, key)
 
     def leave(self) -> None:
         """Leave the run as it is; there was nothing to do."""
@@ -340,13 +344,18 @@ def _text_digest(text: str) -> str:
 
 def metric_records(run_id: str) -> Records:
     """Return every metric that the store holds of a run, by name and step; MLflow's own of the machine aside."""
+    return {key: rows[-1] for key, rows in metric_rows(run_id).items()}
+
+
+def metric_rows(run_id: str) -> dict[tuple[str, int], list[Recorded]]:
+    """Return the same with every row: a metric has one a step, unless another was written past the journal."""
     client = mlflow.MlflowClient()
-    return {
-        (name, item.step): Recorded(item.value, item.timestamp)
-        for name in client.get_run(run_id).data.metrics
-        if not name.startswith(RESERVED)
-        for item in client.get_metric_history(run_id, name)
-    }
+    found: dict[tuple[str, int], list[Recorded]] = {}
+    for name in client.get_run(run_id).data.metrics:
+        if not name.startswith(RESERVED):
+            for item in client.get_metric_history(run_id, name):
+                found.setdefault((name, item.step), []).append(Recorded(item.value, item.timestamp))
+    return found
 
 
 def mark_launched_run_failed(message: str) -> None:

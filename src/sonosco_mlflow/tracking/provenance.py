@@ -11,7 +11,7 @@ from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.segments import RECORD, Segment
-from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, CANARY
+from sonosco_mlflow.tracking.tags import ALLOWED_CHANGES, CANARY, IMPORTED_DIGEST
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,11 @@ class Provenance:
         self.origin.log_recipe(run)
         if self.language_model is not None:
             self.language_model.log(run)
-        run.set_tags({**self.origin.tags(), **self.lineage.tags(), CANARY: self.canary})
+        tags = {**self.origin.tags(), **self.lineage.tags(), CANARY: self.canary}
+        run.set_tags(tags)
+        if IMPORTED_DIGEST not in tags:
+            # Another program, which imports nothing of its own, may go on with a run.
+            run.forget_tags(IMPORTED_DIGEST)
         changed = {name for branch in segment.branches for name in branch.changes}
         if changed:
             run.set_tags({ALLOWED_CHANGES: ",".join(sorted(changed))})
@@ -63,7 +67,7 @@ class Provenance:
         late = imported_since(self.origin.code)
         if late:
             warnings.warn(
-                f"imported after the run's code was kept, and not in it: {', '.join(map(str, late))}; import it before "
-                "the Experiment is made",
+                "imported after the run's code was kept, and not in it as it is now: "
+                f"{', '.join(map(str, late))}; import it before the Experiment is made",
                 stacklevel=4,
             )

@@ -119,7 +119,8 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
     settings = segment.settings()
     if command.trains_recipe:
         restore_language_model(segment, settings, place)
-    (place / "params.yaml").write_text(settings_yaml(settings), encoding="utf-8")
+        # A program of the user's has its own in its code: what it sets up need not be what that file holds.
+        (place / "params.yaml").write_text(settings_yaml(settings), encoding="utf-8")
     environment = segment.environment()
     python = Path(sys.executable) if manager == "local" else _build_environment(environment, folder / "environment")
     has_data = _restore_data(segment, project.resolve(), place, expected_data)

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import git
@@ -53,7 +54,8 @@ def changed_files(repository: git.Repo, is_output: IsOutput) -> set[str]:
     """Return the names of what differs from the commit, untracked files included."""
     # Whatever the user's settings say is shown of untracked files and of submodules.
     form = ("-z", "--porcelain", "--no-renames", "--untracked-files=all", "--ignore-submodules=none")
-    status = repository.git.status(*form, strip_newline_in_stdout=False)
+    with _copied_index(repository):
+        status = repository.git.status(*form, strip_newline_in_stdout=False)
     entries = [(entry[:2], entry[3:]) for entry in status.split("\0") if entry]
     root = Path(repository.working_dir)
     return {name for kind, name in entries if kind != "??" or not is_output(root / name)}
@@ -89,26 +91,50 @@ def patch_of(repository: git.Repo, left_out: Collection[str], is_output: IsOutpu
     which = ("--no-renames", "--no-relative", "--ignore-submodules=dirty")
     form = ("--binary", "--full-index", "--no-ext-diff", "--no-textconv", "--no-color", "--unified=3")
     prefixes = ("--submodule=short", "--src-prefix=a/", "--dst-prefix=b/")
+    with _copied_index(repository) as index:
+        changed = repository.git.diff(base, "--name-only", "-z", *which, strip_newline_in_stdout=False)
+        names = [name for name in changed.split("\0") if name]
+        silent = [name for name in names if name in left_out or _was_withheld(repository, name)]
+        if texts:
+            # The untracked texts are announced.
+            listing = index.with_name("names")
+            listing.write_bytes(b"\0".join(map(os.fsencode, texts)))
+            with repository.git.custom_environment(GIT_LITERAL_PATHSPECS="1"):
+                repository.git.add("--intent-to-add", f"--pathspec-from-file={listing}", "--pathspec-file-nul")
+        paths = [".", *(f":(exclude,literal){name}" for name in silent)]
+        patch: bytes = repository.git.diff(
+            base, *which, *form, *prefixes, "--", *paths, stdout_as_string=False, strip_newline_in_stdout=False
+        )
+        return patch, silent
+
+
+@contextmanager
+def _copied_index(repository: git.Repo) -> Iterator[Path]:
+    """Let git use a copy of the index that hides no file which is there; the user's stays as it is."""
     with tempfile.TemporaryDirectory() as scratch:
-        # In a copy of the index the untracked texts are announced; the user's stays as it is.
         index, own = Path(scratch) / "index", Path(repository.git_dir) / "index"
         if own.exists():
             # With its time: by that git knows which files may have changed in the very second in which it was written.
             shutil.copy2(own, index)
         with repository.git.custom_environment(GIT_INDEX_FILE=str(index)):
-            changed = repository.git.diff(base, "--name-only", "-z", *which, strip_newline_in_stdout=False)
-            names = [name for name in changed.split("\0") if name]
-            silent = [name for name in names if name in left_out or _was_withheld(repository, name)]
-            if texts:
-                listing = Path(scratch) / "names"
-                listing.write_bytes(b"\0".join(map(os.fsencode, texts)))
-                with repository.git.custom_environment(GIT_LITERAL_PATHSPECS="1"):
-                    repository.git.add("--intent-to-add", f"--pathspec-from-file={listing}", "--pathspec-file-nul")
-            paths = [".", *(f":(exclude,literal){name}" for name in silent)]
-            patch: bytes = repository.git.diff(
-                base, *which, *form, *prefixes, "--", *paths, stdout_as_string=False, strip_newline_in_stdout=False
-            )
-            return patch, silent
+            listed = repository.git.ls_files("-v", "-z", strip_newline_in_stdout=False)
+            marked = [(entry[0], entry[2:]) for entry in listed.split("\0") if entry]
+            # What a sparse checkout leaves out has the second mark as well, and is not there.
+            hidden = {
+                "--no-assume-unchanged": [name for mark, name in marked if mark.islower()],
+                "--no-skip-worktree": [
+                    name
+                    for mark, name in marked
+                    if mark.upper() == "S" and os.path.lexists(Path(repository.working_dir, name))
+                ],
+            }
+            for option, names in hidden.items():
+                if names:
+                    listing = Path(scratch) / "hidden"
+                    listing.write_bytes(b"".join(os.fsencode(name) + b"\0" for name in names))
+                    with listing.open("rb") as stream:
+                        repository.git.update_index(option, "-z", "--stdin", istream=stream)
+            yield index
 
 
 def _listed(repository: git.Repo, kind: str) -> Iterator[tuple[str, Path]]:

@@ -211,14 +211,22 @@ def newest_segment(run: Run) -> Segment:
 
 
 def steps_gone_on_from(run: Run) -> frozenset[int]:
-    """Return the optimizer steps of the checkpoints that later segments of a run began from."""
+    """Return the optimizer steps of the checkpoints that later segments of a run began from; 0 where one began anew."""
     run_id, found = str(run.info.run_id), set()
     for number in range(2, int(run.data.tags.get(SEGMENTS, "1")) + 1):
         folder = Segment(run_id, number).folder
         if RECORD in artifact_names(run_id, folder.rstrip("/")):
             position = position_of(json.loads(artifact_bytes(run_id, f"{folder}{RECORD}"))["checkpoint"] or "")
-            found |= set() if position is None else {position[0]}
+            found.add(0 if position is None else position[0])
     return frozenset(found)
+
+
+def steps_of_ends(run: Run, last: int) -> range:
+    """Return the optimizer steps below ``last`` at which a run may have been at an end before it was given more epochs.
+
+    Where the checkpoint of an end was broken, the run has gone on from one before it.
+    """
+    return range(min(steps_gone_on_from(run), default=last), last)
 
 
 def _branches(record: bytes, place: str) -> tuple[Branch, ...]:
