@@ -24,13 +24,13 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_NAME,
 )
 
-from sonosco_mlflow.errors import UserError, describe_failure
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.tracking.active_run import SECONDS_FOR_THE_MONITOR, Activation, active_here
 from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
-from sonosco_mlflow.tracking.secrecy import without_secrets
+from sonosco_mlflow.tracking.secrecy import describe_without_secrets, without_secrets
 from sonosco_mlflow.tracking.segment_record import SegmentRecord
 from sonosco_mlflow.tracking.store import artifact_names, find_run
 from sonosco_mlflow.tracking.tags import (
@@ -292,7 +292,7 @@ class TrackedRun:
         if error is None:
             self.end("finished")
         elif isinstance(error, Exception):
-            self.end("failed", describe_failure(error))
+            self.end("failed", describe_without_secrets(error))
         else:
             self.end("interrupted")
 
@@ -349,12 +349,12 @@ def metric_records(run_id: str) -> Records:
     }
 
 
-def mark_launched_run_failed(message: str) -> None:
-    """Tag the run that MLflow's launcher made for this process with ``message``, if nothing has opened it yet."""
+def mark_launched_run_failed(error: Exception) -> None:
+    """Tag the run that MLflow's launcher made for this process with ``error``, if nothing has opened it yet."""
     launched = os.environ.pop("MLFLOW_RUN_ID", None)
     if launched is None:
         return
     client = mlflow.MlflowClient()
-    client.set_tag(launched, ERROR, message[:LONGEST_TAG])
+    client.set_tag(launched, ERROR, _cut(describe_without_secrets(error)))
     client.set_tag(launched, STATE, "failed")
     client.set_terminated(launched, "FAILED")

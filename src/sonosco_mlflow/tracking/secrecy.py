@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
+from sonosco_mlflow.errors import describe_failure
+
 _NAMES = re.compile(
     r"""
     \.env([.-].+)? | .+\.env | \.envrc                      # settings of services
@@ -60,6 +62,11 @@ def holds_secret(path: PurePath, content: bytes) -> bool:
     if path.parts[-2:] == (".dvc", "config") and _DVC.search(content):
         return True
     return _CONTENTS.search(content) is not None or any(value.encode() in content for value in _secret_values())
+
+
+def describe_without_secrets(error: Exception) -> str:
+    """Return the message of a failure (:func:`~sonosco_mlflow.errors.describe_failure`) as a run may keep it."""
+    return without_secrets(describe_failure(error))
 
 
 def without_secrets(text: str) -> str:
