@@ -14,7 +14,8 @@ import git
 
 from sonosco_mlflow.tracking.secrecy import LARGEST_SECRET, holds_secret, is_secrets_name
 
-LARGEST_FILE = 10 * 1024 * 1024
+# What is too large to be searched for secrets is not kept.
+LARGEST_FILE = LARGEST_SECRET
 _SUBMODULE = "160000"
 # As git does it: a file with a zero byte in its beginning is no text.
 _BEGINNING = 8000
@@ -131,7 +132,7 @@ def _was_withheld(repository: git.Repo, name: str) -> bool:
     path = Path(name)
     if blob.size > LARGEST_FILE or is_secrets_name(path):
         return True
-    return blob.size <= LARGEST_SECRET and holds_secret(path, blob.data_stream.read())
+    return holds_secret(path, blob.data_stream.read())
 
 
 def _is_small_text(path: Path) -> bool:
