@@ -3,14 +3,19 @@
 import os
 import sqlite3
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from experiments import SETTINGS, new_project, run_experiment, toy_trainer, train
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
+from sonosco_mlflow.runs import bring_data
+from sonosco_mlflow.runs import train as train_recipe
 from sonosco_mlflow.tracking.code_snapshot import unpack
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.training.callbacks import Callback
@@ -121,3 +126,24 @@ def test_a_failure_is_told_without_tokens(project: Path, tone_manifest: Manifest
     left = everything(experiment.folder, artifacts, Path(tracking_store.removeprefix("sqlite:///")))
     assert told.encode() in left[str(artifacts / "logs" / "console.log")]
     assert_nowhere(left)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda config, project: Experiment.create({"url": config.data.source}, project=project),
+        lambda config, project: Experiment.create(config, project=project),
+        train_recipe,
+        bring_data,
+    ],
+    ids=["settings of a program's own", "recipe", "train", "data"],
+)
+def test_settings_with_credentials_open_no_run(
+    begin: Callable[[Config, Path], object], project: Path, tracking_store: str
+) -> None:
+    address = f"https://me:{TOKENS['in the message of a failure']}@example.org/a.tar.gz"
+    config = Config.load(Path(__file__).parents[1] / "params.yaml", {"data.source": address})
+    before = len(mlflow.search_runs(search_all_experiments=True))
+    with pytest.raises(UserError, match=r"(url|data\.source): found an address with credentials in it"):
+        begin(config, project)
+    assert len(mlflow.search_runs(search_all_experiments=True)) == before

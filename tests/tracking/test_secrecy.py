@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking import secrecy
-from sonosco_mlflow.tracking.secrecy import holds_secret, is_secret, without_secrets
+from sonosco_mlflow.tracking.secrecy import holds_secret, is_secret, require_no_secrets, without_secrets
 
 # Put together, so that this file is no secret itself.
 LOGIN = "https://bob:" + "hunter2-of-bob@pypi.example.org/simple"
@@ -127,6 +128,33 @@ def test_a_secret_that_is_no_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_loses_what_stands_behind_it() -> None:
     assert without_secrets("at https://h/cb#access_token=abc&x=1, done") == "at https://h/cb done"
     assert without_secrets("at http://h/#/experiments/0") == "at http://h/#/experiments/0"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *TOKENS[:2],
+        LOGIN,
+        "postgresql://me:" + "pass@localhost/runs",
+        "s3://bucket/a.tar?X-Amz-Signature=0a1b",
+        "https://example.org/a?x=1&access_token=abc",
+        "correct-horse-battery",
+    ],
+)
+def test_settings_with_credentials_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "correct-horse-battery")
+    for settings in ({"data": {"source": value}}, {"data": {"source": [1, value]}}):
+        with pytest.raises(UserError, match=r"^data\.source: .*by ~/\.netrc") as refusal:
+            require_no_secrets(settings)
+        assert value not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 12, "", "a/b.tar.gz", "s3://bucket/token.txt", "ssh://git@example.org:22/a", "https://h/a?version=2&keys=3"],
+)
+def test_settings_without_credentials_are_kept(value: object) -> None:
+    require_no_secrets({"data": {"source": value}})
 
 
 def test_this_repository_is_kept_whole() -> None:

@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
-from sonosco_mlflow.errors import describe_failure
+from sonosco_mlflow.errors import UserError, describe_failure
+from sonosco_mlflow.settings import flatten
 
 _NAMES = re.compile(
     r"""
@@ -54,6 +55,10 @@ _STOPGAP = re.compile(
     r"| ((my|your|the|a|some|user(name)?|pass(word|wd|phrase)?|pwd?|token|secret|key|api|access|here|x+)(\W|_|$))+",
     re.IGNORECASE | re.VERBOSE,
 )
+_SIGNED = re.compile(
+    r"[?&;#]([\w.-]*(token|secret|passw(or)?d|api_?key|access_?key|signature|credential)|sig|key|auth)=[^\s&#\"']",
+    re.IGNORECASE,
+)
 _VARIABLES = re.compile(
     r"TOKEN|SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CONNECTION_STRING|_(KEY|PAT|PWD?)$",
     re.IGNORECASE,
@@ -94,6 +99,28 @@ def holds_secret(path: PurePath, content: bytes) -> bool:
     if "://" in text and any(not _STOPGAP.fullmatch(login[1]) for login in _LOGIN.finditer(text)):
         return True
     return any(os.fsencode(value) in content for value in _secret_values())
+
+
+def require_no_secrets(settings: Mapping[str, object]) -> None:
+    """Return unless nested settings hold credentials: a run keeps them as they are, for all who can read it.
+
+    Raises:
+        UserError: one does; the message names its key, and not what it holds.
+    """
+    for key, value in flatten(settings):
+        if not isinstance(value, str):
+            continue
+        if _LOGIN.search(value) or ("://" in value and _SIGNED.search(value)):
+            found = "an address with credentials in it"
+        elif _holds_token(value) or any(secret in value for secret in _secret_values()):
+            found = "a token or key"
+        else:
+            continue
+        raise UserError(
+            f"{key}: found {found}, expected none: a run keeps its settings to the letter, for all who can read it. "
+            "Leave it out here, and give it to what needs it by a variable of the environment, by ~/.netrc, or, for a "
+            "remote of DVC, by `dvc remote modify --local`"
+        )
 
 
 def describe_without_secrets(error: Exception) -> str:
