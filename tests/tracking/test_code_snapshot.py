@@ -437,6 +437,13 @@ def test_a_patch_does_not_show_a_secret_that_was_committed(repository: Path, rem
     assert "b.py" in names(snapshot.archive), "as it is now"
 
 
+def test_a_repository_of_another_user_is_one_clear_mistake(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    with pytest.raises(UserError, match=r"belongs to another user .* --add safe\.directory"):
+        snapshot_code(repository)
+
+
 def test_a_program_with_a_token_in_it_counts_though_it_stays(repository: Path) -> None:
     digests = set()
     for rate in (1, 2):
