@@ -365,6 +365,19 @@ def test_without_git_it_is_what_was_imported(repository: Path, monkeypatch: pyte
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
+def test_a_forged_archive_writes_nothing_through_a_link(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, target in {"a": str(tmp_path / "outside"), "a/planted.pth": "/anything", "a/b/c": "/any"}.items():
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = (stat.S_IFLNK | 0o755) << 16
+            archive.writestr(entry, target)
+    (tmp_path / "outside").mkdir()
+    with pytest.raises(UserError, match=r"names 'a/planted\.pth', which leaves its folder"):
+        unpack(buffer.getvalue(), tmp_path / "inside")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
 def test_a_forged_archive_writes_nothing_outside(tmp_path: Path, name: str) -> None:
     buffer = io.BytesIO()
