@@ -105,7 +105,7 @@ class Resumption:
             # The lease was free: what says that it is running, is not.
             state = run.data.tags.get(STATE, VANISHED)
             condition = VANISHED if state == "running" else state
-            folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
+            folder = project / "runs" / _folder_name(run)
             last = newest_segment(run)
             settings, trains_recipe = last.settings(), last.trains_recipe()
             checkpoint = newest_checkpoint(last, folder / CHECKPOINTS)
@@ -284,6 +284,17 @@ class Resumption:
         environment = self.last.environment()
         found |= {"threads": str(environment.system["threads"]), "environment": environment.named_digest}
         return {**found, "config": settings_digest(self.last.decisive())}
+
+
+def _folder_name(run: Run) -> str:
+    run_id = run.info.run_id
+    name: str = run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(
+            f"run {run_id}: its tag {FOLDER} is {name!r}, expected the name of one folder below runs/; set it to what "
+            "it was, or delete it"
+        )
+    return name
 
 
 def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | None:
