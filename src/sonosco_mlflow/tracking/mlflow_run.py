@@ -48,6 +48,7 @@ from sonosco_mlflow.tracking.tags import (
     STATE,
     STATUS,
     WEIGHTS_DIGEST,
+    number_of,
 )
 
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
@@ -74,7 +75,7 @@ class TrackedRun:
         self.id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.artifact_uri: str = run.info.artifact_uri
-        self.segment = int(run.data.tags.get(SEGMENTS, "1"))
+        self.segment = number_of(run, SEGMENTS, 1)
         self._run = run
         self._record = record or SegmentRecord(self.id)
         self._ledger = Ledger(self.id)
@@ -124,7 +125,7 @@ class TrackedRun:
 
         Where MLflow's launcher has made a run for this process, that one becomes the record of this segment, below it.
         """
-        segment = int(run.data.tags.get(SEGMENTS, "1")) + 1
+        segment = number_of(run, SEGMENTS, 1) + 1
         return cls(run, SegmentRecord.find(run.info.run_id, segment))
 
     def reopen(self) -> None:

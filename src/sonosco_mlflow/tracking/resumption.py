@@ -12,7 +12,7 @@ import mlflow
 from mlflow.entities import Run
 
 from sonosco_mlflow.config import Config
-from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.errors import UserError, nearest, whole_number
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.settings import Scalar, flatten, settings_digest
 from sonosco_mlflow.tracking import described, identity
@@ -36,6 +36,7 @@ from sonosco_mlflow.tracking.tags import (
     KIND,
     REPRODUCES,
     STATE,
+    number_of,
 )
 from sonosco_mlflow.training.callbacks.base import STEP_METRICS
 
@@ -135,7 +136,8 @@ class Resumption:
     def threads(self) -> int | None:
         """The number of threads that the run computes with, where it is known."""
         digests = self.digests
-        return int(digests["threads"]) if "threads" in digests else None
+        place = f"run {self.tracked.id}: the number of threads that it keeps"
+        return whole_number(digests["threads"], place) if "threads" in digests else None
 
     def check(self, origin: Origin, data: Mapping[str, str], lineage: DataLineage, trainer: object) -> None:
         """Compare what is here with what the state belongs to.
@@ -243,7 +245,7 @@ class Resumption:
                     raise
                 problems.append(str(error))
                 continue
-            lacks = missing_row(rows, history, names, int(self.run.data.tags.get(FIRST_STEP, "0")))
+            lacks = missing_row(rows, history, names, number_of(self.run, FIRST_STEP, 0))
             if lacks is None:
                 if problems:
                     warnings.warn(f"the journal is taken from {place}: {'; '.join(problems)}", stacklevel=2)
