@@ -19,7 +19,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,23 @@ class Checkpoint:
     objects: Any
     state: dict[str, Any]
     digests: dict[str, str]
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Return a block in which the state is given to objects: what does not fit is said to be of this checkpoint.
+
+        Raises:
+            UserError: something failed in the block.
+        """
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.directory}: {error}") from error
+        except KeyError as error:
+            raise UserError(f"{self.directory}: the state lacks {error}") from error
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            message = f"{self.directory}: the state does not fit what it is loaded into: {error}"
+            raise UserError(message) from error
 
 
 def checkpoint_name(step: int, batches: int = 0) -> str:

@@ -186,15 +186,16 @@ class Resumption:
         """Put the state into ``trainer``, which is made as it was when the run began.
 
         Raises:
-            UserError: its epochs cannot be the run's.
+            UserError: the state does not fit it, or its epochs cannot be the run's.
         """
         if self.checkpoint is None:
             return
         state = self.checkpoint.state
-        if self.altered & {*_SHAPING, "trainer"}:
-            # A program that was allowed to change may freeze or convert another part of the model that it makes.
-            state = {**state, "trainer": {**state["trainer"], "parameters": None}}
-        trainer.load_state_dict(state)
+        with self.checkpoint.loading():
+            if self.altered & {*_SHAPING, "trainer"}:
+                # A program that was allowed to change may freeze or convert another part of the model that it makes.
+                state = {**state, "trainer": {**state["trainer"], "parameters": None}}
+            trainer.load_state_dict(state)
         if self.altered & {"config", "trainer"}:
             trainer.renew_optimizer_options()
         before, now, done = self.checkpoint.objects["parameters"]["epochs"], trainer.epochs, trainer.progress.epoch
