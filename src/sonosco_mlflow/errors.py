@@ -9,6 +9,8 @@ from difflib import get_close_matches
 
 # A longer list hides the answer that it should give.
 MOST_CHOICES = 12
+# Digits of 64 bits.
+LONGEST_NUMBER = 19
 
 
 class UserError(Exception):
@@ -22,6 +24,18 @@ def describe_failure(error: Exception) -> str:
     """
     message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return message.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def whole_number(found: object, place: str) -> int:
+    """Return the whole number that ``found`` spells, which was read at ``place``.
+
+    Raises:
+        UserError: it spells none; the message begins with the place.
+    """
+    text = str(found)
+    if not (text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER):
+        raise UserError(f"{place} is {found!r}, expected a whole number")
+    return int(text)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

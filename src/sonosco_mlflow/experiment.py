@@ -48,6 +48,7 @@ from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
 from sonosco_mlflow.tracking.resumption import Resumption
+from sonosco_mlflow.tracking.secrecy import require_no_secrets
 from sonosco_mlflow.tracking.segments import BRANCH
 from sonosco_mlflow.tracking.store import connect, download
 from sonosco_mlflow.tracking.tags import FIRST_STEP, FOLDER, WEIGHTS_DIGEST
@@ -137,7 +138,7 @@ class Experiment:
             project: folder whose code is kept; the run's files go to ``project/runs``.
 
         Raises:
-            UserError: settings of your own hold what cannot be kept; no run is opened.
+            UserError: the recipe holds credentials, or settings of your own what cannot be kept; no run is opened.
         """
         config = _keepable(config)
         connect(project)
@@ -192,8 +193,8 @@ class Experiment:
             project: folder with the code; the run's files go to ``project/runs``.
 
         Raises:
-            UserError: there is no such training run, another process trains it, or settings of your own hold what
-                cannot be kept.
+            UserError: there is no such training run, another process trains it, the recipe holds credentials, or
+                settings of your own what cannot be kept.
         """
         config = None if config is None else _keepable(config)
         connect(project)
@@ -407,7 +408,9 @@ class Experiment:
 
 
 def _keepable(config: Config | Mapping[str, object]) -> Config | Mapping[str, object]:
-    return config if isinstance(config, Config) else plain_settings(config)
+    settings = config.model_dump(mode="json") if isinstance(config, Config) else plain_settings(config)
+    require_no_secrets(settings)
+    return config if isinstance(config, Config) else settings
 
 
 def _state_after(error: BaseException) -> tuple[str, Exception | None]:

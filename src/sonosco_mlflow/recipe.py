@@ -20,6 +20,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models import build_model, model_settings
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.text import Tokenizer
+from sonosco_mlflow.tracking.secrecy import require_no_secrets
 from sonosco_mlflow.training.callbacks import (
     Callback,
     CheckpointAverage,
@@ -52,9 +53,10 @@ def check_recipe(config: Config) -> dict[str, object]:
     """Return all settings of the recipe's model, after trying what can be tried without data.
 
     Raises:
-        UserError: the model, its settings, the features, the device, an augmentation, the sampling or the averaging
-            cannot be; the message names the key.
+        UserError: the recipe holds credentials, or the model, its settings, the features, the device, an augmentation,
+            the sampling or the averaging cannot be; the message names the key.
     """
+    require_no_secrets(config.flat())
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
     _check_device(config.training.device)

@@ -21,6 +21,7 @@ from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 from sonosco_mlflow.tracking.readiness import require_current, require_recordings
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
+from sonosco_mlflow.tracking.secrecy import require_no_secrets
 from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import connect, find_run
 from sonosco_mlflow.tracking.tags import STATE
@@ -195,7 +196,12 @@ def _data_of(experiment: Experiment, config: Config, project: Path) -> DataFolde
 
 
 def bring_data(config: Config, project: Path) -> DataLineage:
-    """Bring the data of a recipe up to date, and say so on a run in MLflow."""
+    """Bring the data of a recipe up to date, and say so on a run in MLflow.
+
+    Raises:
+        UserError: the recipe holds credentials; no run is opened.
+    """
+    require_no_secrets(config.flat())
     connect(project)
     with TrackedRun.open(config.tracking.experiment, "data", f"data-{config.data.corpus}") as run:
         lineage = DataLineage.of_folder(prepare_data(config, project), recordings=config.augment.reads_recordings)

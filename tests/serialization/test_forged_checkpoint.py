@@ -283,6 +283,20 @@ def test_what_has_no_end_is_not_read(checkpoints: Path) -> None:
     assert len(found) == 1
 
 
+def test_what_is_larger_than_it_should_be_is_not_read(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(checkpoints)
+    size = (path / "model.safetensors").stat().st_size
+    os.truncate(path / "model.safetensors", 2**32)
+    read = Path.read_bytes
+
+    def read_small(file: Path) -> bytes:
+        assert file.stat().st_size < 2**20
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", read_small)
+    refused(path, rf"model\.safetensors: altered: it has {2**32} bytes, expected {size}")
+
+
 def test_replacing_a_checkpoint_removes_links_and_not_what_they_lead_to(checkpoints: Path, tmp_path: Path) -> None:
     path = write(checkpoints)
     cached = tmp_path / "cached"

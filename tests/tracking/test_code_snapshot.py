@@ -384,6 +384,19 @@ def test_without_git_it_is_what_was_imported(repository: Path, monkeypatch: pyte
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
+def test_a_forged_archive_writes_nothing_through_a_link(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, target in {"a": str(tmp_path / "outside"), "a/planted.pth": "/anything", "a/b/c": "/any"}.items():
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = (stat.S_IFLNK | 0o755) << 16
+            archive.writestr(entry, target)
+    (tmp_path / "outside").mkdir()
+    with pytest.raises(UserError, match=r"names 'a/planted\.pth', which leaves its folder"):
+        unpack(buffer.getvalue(), tmp_path / "inside")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
 def test_a_forged_archive_writes_nothing_outside(tmp_path: Path, name: str) -> None:
     buffer = io.BytesIO()
@@ -454,6 +467,13 @@ def test_a_patch_does_not_show_a_secret_that_was_committed(repository: Path, rem
     assert b"+c = 2" in snapshot.patch
     assert {*snapshot.unpatched} == {".env", "b.py"}
     assert "b.py" in names(snapshot.archive), "as it is now"
+
+
+def test_a_repository_of_another_user_is_one_clear_mistake(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    with pytest.raises(UserError, match=r"belongs to another user .* --add safe\.directory"):
+        snapshot_code(repository)
 
 
 def test_a_program_with_a_token_in_it_counts_though_it_stays(repository: Path) -> None:

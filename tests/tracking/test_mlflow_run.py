@@ -86,9 +86,9 @@ def test_the_records_are_all_rows_but_those_of_the_machine_and_of_resumes() -> N
 def test_a_run_that_failed_before_it_was_opened_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = mlflow.MlflowClient().create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launched)
-    mark_launched_run_failed("optimzer.lr: unknown key")
+    mark_launched_run_failed(UserError("optimzer.lr: unknown key; see https://me:token@example.org/"))
     assert find_run(launched).info.status == "FAILED"
-    assert find_run(launched).data.tags["sonosco.error"] == "optimzer.lr: unknown key"
+    assert find_run(launched).data.tags["sonosco.error"] == "optimzer.lr: unknown key; see https://example.org/"
     assert "MLFLOW_RUN_ID" not in os.environ
 
 

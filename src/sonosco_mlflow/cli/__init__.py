@@ -46,18 +46,17 @@ def _run() -> None:
     try:
         app(arguments, prog_name="sonosco")
     except Exception as error:
-        message = describe_failure(error)
-        _mark_failed(message)
+        _mark_failed(error)
         if debug:
             raise
         hint = "" if isinstance(error, UserError) else " (`sonosco --debug ...` shows where)"
-        typer.secho(f"sonosco: {message}{hint}", fg=typer.colors.RED, err=True)
+        typer.secho(f"sonosco: {describe_failure(error)}{hint}", fg=typer.colors.RED, err=True)
         sys.exit(1)
 
 
-def _mark_failed(message: str) -> None:
+def _mark_failed(error: Exception) -> None:
     # Only where `mlflow run` launched this process is there a run that nobody else would mark.
     if "MLFLOW_RUN_ID" in os.environ:
         from sonosco_mlflow.tracking.mlflow_run import mark_launched_run_failed
 
-        mark_launched_run_failed(message)
+        mark_launched_run_failed(error)

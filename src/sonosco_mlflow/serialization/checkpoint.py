@@ -19,7 +19,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,23 @@ class Checkpoint:
     objects: Any
     state: dict[str, Any]
     digests: dict[str, str]
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Return a block in which the state is given to objects: what does not fit is said to be of this checkpoint.
+
+        Raises:
+            UserError: something failed in the block.
+        """
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.directory}: {error}") from error
+        except KeyError as error:
+            raise UserError(f"{self.directory}: the state lacks {error}") from error
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            message = f"{self.directory}: the state does not fit what it is loaded into: {error}"
+            raise UserError(message) from error
 
 
 def checkpoint_name(step: int, batches: int = 0) -> str:
@@ -298,25 +316,26 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise BrokenCheckpointError(f"{path}: unreadable ({error})") from error
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, size: int | None = None) -> bytes:
     # A pipe or a device would be waited for, or never end.
     if path.exists() and not path.is_file():
         raise OSError(f"{path.name} is no file")
+    found = path.stat().st_size
+    if size is not None and found != size:
+        # It may be larger than the memory is.
+        raise BrokenCheckpointError(f"{path}: altered: it has {found} bytes, expected {size}")
     return path.read_bytes()
 
 
 def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
     try:
-        content = _content(path)
         expected, size = str(entry["sha256"]), int(entry["bytes"])
+        content = _content(path, size)
     except FileNotFoundError as error:
         raise BrokenCheckpointError(f"{path}: missing, though {MANIFEST} lists it") from error
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise BrokenCheckpointError(f"{path}: cannot be read or checked ({error!r})") from error
     digest = hashlib.sha256(content).hexdigest()
-    if digest != expected or len(content) != size:
-        raise BrokenCheckpointError(
-            f"{path}: altered: sha256 {digest[:16]}... and {len(content)} bytes, "
-            f"expected {expected[:16]}... and {size} bytes"
-        )
+    if digest != expected:
+        raise BrokenCheckpointError(f"{path}: altered: sha256 {digest[:16]}..., expected {expected[:16]}...")
     return content

@@ -153,7 +153,8 @@ class Deserializer:
             external: the objects that are given anew, by name.
 
         Raises:
-            UserError: there is no whole checkpoint, the object cannot be built, or an external object is missing.
+            UserError: there is no whole checkpoint, the object cannot be built, does not take its state, or an external
+                object is missing.
         """
         from sonosco_mlflow.serialization.checkpoint import read_newest_checkpoint
 
@@ -163,7 +164,8 @@ class Deserializer:
         if hasattr(value, "load_state_dict"):
             state = checkpoint.state
             state = state["state"] if state.keys() == {"state"} else state
-            value.load_state_dict(state)
+            with checkpoint.loading():
+                value.load_state_dict(state)
             _require_types(value, state)
         return value
 

@@ -217,22 +217,28 @@ def unpack(archive: bytes, folder: Path) -> None:
     links = {}
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         for entry in files.infolist():
-            path = root / _name(entry)
-            if not path.resolve().is_relative_to(root):
-                raise UserError(
-                    f"the code snapshot names '{_name(entry)}', which leaves its folder; it was not made by us"
-                )
+            path = _place(root, _name(entry))
             mode = entry.external_attr >> 16
             if stat.S_ISLNK(mode):
-                links[path] = os.fsdecode(files.read(entry))
+                links[_name(entry)] = os.fsdecode(files.read(entry))
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(files.read(entry))
             path.chmod(stat.S_IMODE(mode))
-    # Last: nothing is written through a link.
-    for path, target in links.items():
+    # Last: no file is written through a link.
+    for name, target in links.items():
+        # Once more: one that stands by now may lead out of the folder.
+        path = _place(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(target)
+
+
+def _place(root: Path, name: str) -> Path:
+    """Return where a file of a snapshot belongs, inside of ``root``."""
+    path = root / name
+    if not path.resolve().is_relative_to(root):
+        raise UserError(f"the code snapshot names '{name}', which leaves its folder; it was not made by us")
+    return path
 
 
 class _Packing:

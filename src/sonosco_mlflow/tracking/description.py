@@ -31,6 +31,7 @@ from sonosco_mlflow.tracking.tags import (
     REPRODUCES,
     SEGMENTS,
     WEIGHTS_DIGEST,
+    number_of,
 )
 from sonosco_mlflow.training.callbacks.base import is_timing
 
@@ -100,7 +101,7 @@ def _headline(run: Run, line: RunLine) -> str:
         lines.append(f"took {timedelta(seconds=(run.info.end_time - run.info.start_time) // 1000)}")
     if line.step is not None:
         lines.append(f"kept up to step {line.step}")
-    segments = int(tags.get(SEGMENTS, "1"))
+    segments = number_of(run, SEGMENTS, 1)
     if segments > 1:
         changes = f" (changed: {tags[ALLOWED_CHANGES]})" if ALLOWED_CHANGES in tags else ""
         lines.append(f"in {segments} segments{changes}")

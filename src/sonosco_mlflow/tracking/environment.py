@@ -53,6 +53,19 @@ class Environment:
     requirements: str
     system: dict[str, object]
 
+    @classmethod
+    def read(cls, requirements: str, system: dict[str, object]) -> "Environment":
+        """Return what ``requirements`` and :func:`read_system` say together.
+
+        Raises:
+            ValueError: a line pins no distribution, or one that stands beside has no line.
+        """
+        environment = cls(requirements, system)
+        lost = {*environment.beside} - {*environment.pins}
+        if lost:
+            raise ValueError(f"no line pins {min(lost)}")
+        return environment
+
     @property
     def digest(self) -> str:
         """Hexadecimal sha256 of the software: what the machine adds to it, the canary tells."""
@@ -89,6 +102,24 @@ class Environment:
     def decisive_system(self) -> tuple[str, ...]:
         """The entries of ``system`` that belong to the software."""
         return ("python", "machine", "variables")
+
+
+def read_system(text: str) -> dict[str, object]:
+    """Read :attr:`Environment.system`, which was kept as JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    system = json.loads(text)
+    if not isinstance(system, dict):
+        raise ValueError(f"a {type(system).__name__}")
+    lacking = [name for name in ("python", "machine", "variables", "threads", "canary") if name not in system]
+    if lacking:
+        raise ValueError(f"it lacks '{lacking[0]}'")
+    beside = system.get("beside", [])
+    if not (isinstance(beside, list) and all(isinstance(name, str) for name in beside)):
+        raise ValueError(f"its 'beside' is {beside!r}, no list of distributions")
+    return system
 
 
 def describe_environment(threads: int, canary: str, project: Path) -> Environment:

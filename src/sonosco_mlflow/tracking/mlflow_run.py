@@ -24,13 +24,13 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_NAME,
 )
 
-from sonosco_mlflow.errors import UserError, describe_failure
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.tracking.active_run import SECONDS_FOR_THE_MONITOR, Activation, active_here
 from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
-from sonosco_mlflow.tracking.secrecy import without_secrets
+from sonosco_mlflow.tracking.secrecy import describe_without_secrets, without_secrets
 from sonosco_mlflow.tracking.segment_record import SegmentRecord
 from sonosco_mlflow.tracking.store import artifact_names, find_run
 from sonosco_mlflow.tracking.tags import (
@@ -48,6 +48,7 @@ from sonosco_mlflow.tracking.tags import (
     STATE,
     STATUS,
     WEIGHTS_DIGEST,
+    number_of,
 )
 
 # Ours beside those that `mlflow run -P` logs in the user's own spelling: parameters cannot be changed.
@@ -74,7 +75,7 @@ class TrackedRun:
         self.id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.artifact_uri: str = run.info.artifact_uri
-        self.segment = int(run.data.tags.get(SEGMENTS, "1"))
+        self.segment = number_of(run, SEGMENTS, 1)
         self._run = run
         self._record = record or SegmentRecord(self.id)
         self._ledger = Ledger(self.id)
@@ -124,7 +125,7 @@ class TrackedRun:
 
         Where MLflow's launcher has made a run for this process, that one becomes the record of this segment, below it.
         """
-        segment = int(run.data.tags.get(SEGMENTS, "1")) + 1
+        segment = number_of(run, SEGMENTS, 1) + 1
         return cls(run, SegmentRecord.find(run.info.run_id, segment))
 
     def reopen(self) -> None:
@@ -296,7 +297,7 @@ class TrackedRun:
         if error is None:
             self.end("finished")
         elif isinstance(error, Exception):
-            self.end("failed", describe_failure(error))
+            self.end("failed", describe_without_secrets(error))
         else:
             self.end("interrupted")
 
@@ -358,12 +359,12 @@ def metric_rows(run_id: str) -> dict[tuple[str, int], list[Recorded]]:
     return found
 
 
-def mark_launched_run_failed(message: str) -> None:
-    """Tag the run that MLflow's launcher made for this process with ``message``, if nothing has opened it yet."""
+def mark_launched_run_failed(error: Exception) -> None:
+    """Tag the run that MLflow's launcher made for this process with ``error``, if nothing has opened it yet."""
     launched = os.environ.pop("MLFLOW_RUN_ID", None)
     if launched is None:
         return
     client = mlflow.MlflowClient()
-    client.set_tag(launched, ERROR, message[:LONGEST_TAG])
+    client.set_tag(launched, ERROR, _cut(describe_without_secrets(error)))
     client.set_tag(launched, STATE, "failed")
     client.set_terminated(launched, "FAILED")

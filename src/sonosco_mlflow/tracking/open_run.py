@@ -16,12 +16,11 @@ from signal import SIGINT
 
 from sonosco_mlflow.background import OverdueError, persist, within
 from sonosco_mlflow.console import console_log, say
-from sonosco_mlflow.errors import describe_failure
 from sonosco_mlflow.tracking.description import describe_run
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.recording import Recording
-from sonosco_mlflow.tracking.secrecy import without_secrets
+from sonosco_mlflow.tracking.secrecy import describe_without_secrets, without_secrets
 from sonosco_mlflow.tracking.store import find_run, is_away
 from sonosco_mlflow.training.interruption import LeaveAtOnce, deferred_interrupts
 
@@ -112,7 +111,7 @@ class OpenRun:
         if before is not _Phase.OPEN:
             self._let_go(before)
             return
-        message = "" if error is None else describe_failure(error)
+        message = "" if error is None else describe_without_secrets(error)
         is_finished = state == "finished"
         try:
             # Of an interrupt this is the obeying: the next one is not to wait for it.
@@ -184,7 +183,7 @@ class OpenRun:
                 self._deliver_rest(state, message)
             except Exception as second:
                 if state == "finished":
-                    self._tell("failed", describe_failure(second))
+                    self._tell("failed", describe_without_secrets(second))
                     raise
                 # The first reason is the one to tell.
                 say(f"MLflow lacks some of what run {self.run.id} recorded last: {second}")

@@ -112,7 +112,7 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
         UserError: something of it is not to be had.
     """
     tree = folder / "project"
-    command = Command.read(segment.command())
+    command = segment.command()
     place = tree / command.folder
     _restore_code(segment, project.resolve(), tree)
     place.mkdir(parents=True, exist_ok=True)

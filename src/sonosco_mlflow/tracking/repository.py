@@ -13,9 +13,11 @@ from pathlib import Path
 
 import git
 
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.secrecy import LARGEST_SECRET, holds_secret, is_secrets_name
 
-LARGEST_FILE = 10 * 1024 * 1024
+# What is too large to be searched for secrets is not kept.
+LARGEST_FILE = LARGEST_SECRET
 _SUBMODULE = "160000"
 # As git does it: a file with a zero byte in its beginning is no text.
 _BEGINNING = 8000
@@ -25,13 +27,32 @@ IsOutput = Callable[[Path], bool]
 
 
 def repository_of(folder: Path) -> git.Repo | None:
-    """Return the repository that ``folder`` is in; None outside git, or where there is no git to ask."""
+    """Return the repository that ``folder`` is in; None outside git, or where there is no git to ask.
+
+    Raises:
+        UserError: it belongs to another user, and git is not told to trust it.
+    """
     if shutil.which("git") is None:
         return None
     try:
-        return git.Repo(folder, search_parent_directories=True)
+        return _opened(folder, search_parent_directories=True)
     except git.InvalidGitRepositoryError:
         return None
+
+
+def _opened(folder: Path, *, search_parent_directories: bool = False) -> git.Repo:
+    repository = git.Repo(folder, search_parent_directories=search_parent_directories)
+    try:
+        repository.git.rev_parse("--git-dir")
+    except git.GitCommandError as error:
+        if "dubious ownership" not in str(error):
+            raise
+        root = repository.working_dir
+        raise UserError(
+            f"{root}: git refuses this repository, which belongs to another user than this process's; if you trust "
+            f"what is in it, run `git config --global --add safe.directory {root}`, else make it your own (`chown`)"
+        ) from error
+    return repository
 
 
 def listed_files(repository: git.Repo, is_output: IsOutput) -> dict[str, Path]:
@@ -44,7 +65,7 @@ def listed_files(repository: git.Repo, is_output: IsOutput) -> dict[str, Path]:
             if not (path / ".git").exists():
                 found[name] = path
                 continue
-            with git.Repo(path) as inner:
+            with _opened(path) as inner:
                 files = listed_files(inner, is_output)
             found |= {f"{name.rstrip('/')}/{below}": file for below, file in files.items()}
     return found
@@ -69,7 +90,7 @@ def submodules(repository: git.Repo) -> dict[str, str]:
         found[name] = facts.split()[1]
         path = Path(repository.working_dir, name)
         if (path / ".git").exists():
-            with git.Repo(path) as inner:
+            with _opened(path) as inner:
                 found[name] = inner.head.commit.hexsha
     return found
 
@@ -157,7 +178,7 @@ def _was_withheld(repository: git.Repo, name: str) -> bool:
     path = Path(name)
     if blob.size > LARGEST_FILE or is_secrets_name(path):
         return True
-    return blob.size <= LARGEST_SECRET and holds_secret(path, blob.data_stream.read())
+    return holds_secret(path, blob.data_stream.read())
 
 
 def _is_small_text(path: Path) -> bool:

@@ -12,7 +12,7 @@ import mlflow
 from mlflow.entities import Run
 
 from sonosco_mlflow.config import Config
-from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.errors import UserError, nearest, whole_number
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint
 from sonosco_mlflow.settings import Scalar, flatten, settings_digest
 from sonosco_mlflow.tracking import described, identity
@@ -36,6 +36,7 @@ from sonosco_mlflow.tracking.tags import (
     KIND,
     REPRODUCES,
     STATE,
+    number_of,
 )
 from sonosco_mlflow.training.callbacks.base import STEP_METRICS
 
@@ -105,7 +106,7 @@ class Resumption:
             # The lease was free: what says that it is running, is not.
             state = run.data.tags.get(STATE, VANISHED)
             condition = VANISHED if state == "running" else state
-            folder = project / "runs" / run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
+            folder = project / "runs" / _folder_name(run)
             last = newest_segment(run)
             settings, trains_recipe = last.settings(), last.trains_recipe()
             checkpoint = newest_checkpoint(last, folder / CHECKPOINTS)
@@ -135,7 +136,8 @@ class Resumption:
     def threads(self) -> int | None:
         """The number of threads that the run computes with, where it is known."""
         digests = self.digests
-        return int(digests["threads"]) if "threads" in digests else None
+        place = f"run {self.tracked.id}: the number of threads that it keeps"
+        return whole_number(digests["threads"], place) if "threads" in digests else None
 
     def check(self, origin: Origin, data: Mapping[str, str], lineage: DataLineage, trainer: object) -> None:
         """Compare what is here with what the state belongs to.
@@ -184,15 +186,16 @@ class Resumption:
         """Put the state into ``trainer``, which is made as it was when the run began.
 
         Raises:
-            UserError: its epochs cannot be the run's.
+            UserError: the state does not fit it, or its epochs cannot be the run's.
         """
         if self.checkpoint is None:
             return
         state = self.checkpoint.state
-        if self.altered & {*_SHAPING, "trainer"}:
-            # A program that was allowed to change may freeze or convert another part of the model that it makes.
-            state = {**state, "trainer": {**state["trainer"], "parameters": None}}
-        trainer.load_state_dict(state)
+        with self.checkpoint.loading():
+            if self.altered & {*_SHAPING, "trainer"}:
+                # A program that was allowed to change may freeze or convert another part of the model that it makes.
+                state = {**state, "trainer": {**state["trainer"], "parameters": None}}
+            trainer.load_state_dict(state)
         if self.altered & {"config", "trainer"}:
             trainer.renew_optimizer_options()
         before, now, done = self.checkpoint.objects["parameters"]["epochs"], trainer.epochs, trainer.progress.epoch
@@ -243,7 +246,7 @@ class Resumption:
                     raise
                 problems.append(str(error))
                 continue
-            lacks = missing_row(rows, history, names, int(self.run.data.tags.get(FIRST_STEP, "0")))
+            lacks = missing_row(rows, history, names, number_of(self.run, FIRST_STEP, 0))
             if lacks is None:
                 if problems:
                     warnings.warn(f"the journal is taken from {place}: {'; '.join(problems)}", stacklevel=2)
@@ -284,6 +287,17 @@ class Resumption:
         environment = self.last.environment()
         found |= {"threads": str(environment.system["threads"]), "environment": environment.named_digest}
         return {**found, "config": settings_digest(self.last.decisive())}
+
+
+def _folder_name(run: Run) -> str:
+    run_id = run.info.run_id
+    name: str = run.data.tags.get(FOLDER, f"run-{run_id[:6]}")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(
+            f"run {run_id}: its tag {FOLDER} is {name!r}, expected the name of one folder below runs/; set it to what "
+            "it was, or delete it"
+        )
+    return name
 
 
 def find_unfinished(experiment: str, origin: Origin, data_digest: str) -> str | None:

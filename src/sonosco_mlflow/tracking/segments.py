@@ -12,13 +12,15 @@ branch, and each segment lists all branches so far::
     here.settings()               # the recipe that it goes on with
 """
 
+import io
 import json
 import os
 import socket
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from mlflow.entities import Run
 from ruamel.yaml import YAML
@@ -26,14 +28,15 @@ from ruamel.yaml.error import YAMLError
 
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.decisive import decisive
-from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.serialization.checkpoint import Checkpoint, position_of
+from sonosco_mlflow.errors import UserError, whole_number
+from sonosco_mlflow.serialization.checkpoint import MANIFEST, Checkpoint, position_of
 from sonosco_mlflow.settings import Scalar
-from sonosco_mlflow.tracking.environment import Environment
+from sonosco_mlflow.tracking.environment import Environment, read_system
 from sonosco_mlflow.tracking.origin import Command
 from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names
-from sonosco_mlflow.tracking.tags import SEGMENTS
+from sonosco_mlflow.tracking.tags import SEGMENTS, number_of
 
+T = TypeVar("T")
 RECORD = "segment.json"
 BRANCH = "branch"
 """Among a checkpoint's digests: the segment that began its branch. One of the first branch has none."""
@@ -109,19 +112,15 @@ class Segment:
         Raises:
             UserError: the run kept none, or one that cannot be read.
         """
-        name = f"{self.folder}config/params.yaml"
-        try:
-            return dict(YAML(typ="safe").load(self._kept("config/params.yaml")) or {})
-        except (YAMLError, TypeError, ValueError) as error:
-            raise UserError(f"runs:/{self.run_id}/{name}: not a recipe ({error})") from error
+        return self._read("config/params.yaml", "a recipe", lambda text: dict(YAML(typ="safe").load(text) or {}))
 
     def trains_recipe(self) -> bool:
         """Return whether its settings are a recipe, rather than a program's own.
 
         Raises:
-            UserError: it has not kept how it was started.
+            UserError: it has not kept how it was started, or what it kept is damaged.
         """
-        return Command.read(self.command()).trains_recipe
+        return self.command().trains_recipe
 
     def recipe(self) -> Config:
         """Return the recipe that it trains.
@@ -141,21 +140,37 @@ class Segment:
         return decisive(self.settings(), is_recipe=self.trains_recipe())
 
     def archive(self) -> bytes:
-        """Return the snapshot of its code."""
-        return self._kept("code/snapshot.zip")
+        """Return the snapshot of its code.
+
+        Raises:
+            UserError: what it kept is none.
+        """
+        name = "code/snapshot.zip"
+        archive = self._kept(name)
+        if not zipfile.is_zipfile(io.BytesIO(archive)):
+            raise UserError(f"{self._place(name)}: not an archive of code")
+        return archive
 
     def git(self) -> str:
         """Return the facts beside its code, as JSON."""
         return self._kept("code/git.json").decode()
 
-    def command(self) -> str:
-        """Return how it was started, as JSON."""
-        return self._kept("code/command.json").decode()
+    def command(self) -> Command:
+        """Return how it was started.
+
+        Raises:
+            UserError: what it kept of that is damaged.
+        """
+        return self._read("code/command.json", "how a process was started", Command.read)
 
     def environment(self) -> Environment:
-        """Return what it ran in."""
-        system = json.loads(self._kept("environment/system.json"))
-        return Environment(self._kept("environment/requirements.txt").decode(), system)
+        """Return what it ran in.
+
+        Raises:
+            UserError: what it kept of that is damaged.
+        """
+        system = self._read("environment/system.json", "what a process ran in", read_system)
+        return self._read("environment/requirements.txt", "distributions", lambda text: Environment.read(text, system))
 
     def lineage(self) -> str:
         """Return where its data came from, as JSON."""
@@ -190,8 +205,21 @@ class Segment:
     def _kept(self, name: str) -> bytes:
         return artifact_bytes(self.run_id, f"{self.folder}{name}")
 
+    def _read(self, name: str, what: str, read: Callable[[str], T]) -> T:
+        content = self._kept(name)
+        try:
+            return read(content.decode())
+        except (YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{self._place(name)}: not {what} ({error!r})") from error
+
+    def _place(self, name: str) -> str:
+        return f"runs:/{self.run_id}/{self.folder}{name}"
+
     def _since(self, checkpoint: Checkpoint | None) -> list[Branch]:
-        known = 0 if checkpoint is None else int(checkpoint.digests.get(BRANCH, "1"))
+        known = 0
+        if checkpoint is not None:
+            place = f"{checkpoint.directory / MANIFEST}: the digest '{BRANCH}'"
+            known = whole_number(checkpoint.digests.get(BRANCH, 1), place)
         return [branch for branch in self.branches if branch.segment > known]
 
 
@@ -202,7 +230,7 @@ def newest_segment(run: Run) -> Segment:
         UserError: what it has recorded cannot be read.
     """
     run_id = str(run.info.run_id)
-    for number in range(int(run.data.tags.get(SEGMENTS, "1")), 1, -1):
+    for number in range(number_of(run, SEGMENTS, 1), 1, -1):
         folder = Segment(run_id, number).folder
         if RECORD in artifact_names(run_id, folder.rstrip("/")):
             record = artifact_bytes(run_id, f"{folder}{RECORD}")
@@ -213,7 +241,7 @@ def newest_segment(run: Run) -> Segment:
 def steps_gone_on_from(run: Run) -> frozenset[int]:
     """Return the optimizer steps of the checkpoints that later segments of a run began from; 0 where one began anew."""
     run_id, found = str(run.info.run_id), set()
-    for number in range(2, int(run.data.tags.get(SEGMENTS, "1")) + 1):
+    for number in range(2, number_of(run, SEGMENTS, 1) + 1):
         folder = Segment(run_id, number).folder
         if RECORD in artifact_names(run_id, folder.rstrip("/")):
             position = position_of(json.loads(artifact_bytes(run_id, f"{folder}{RECORD}"))["checkpoint"] or "")

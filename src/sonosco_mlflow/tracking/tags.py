@@ -1,5 +1,9 @@
 """Names of the tags of a run: what scripts and people come to rely on."""
 
+from mlflow.entities import Run
+
+from sonosco_mlflow.errors import whole_number
+
 KIND = "sonosco.kind"
 """``train``, ``data``, ``evaluate``, ``sweep`` or ``segment``."""
 STATE = "sonosco.state"
@@ -60,3 +64,12 @@ PID = "sonosco.pid"
 HEARTBEAT = "sonosco.heartbeat"
 OWNER = "sonosco.owner"
 """Token of the process that may train the run."""
+
+
+def number_of(run: Run, tag: str, default: int) -> int:
+    """Return the whole number that a tag of ``run`` holds.
+
+    Raises:
+        UserError: it holds something else; the message names the tag.
+    """
+    return whole_number(run.data.tags.get(tag, default), f"run {run.info.run_id}: its tag {tag}")

@@ -116,7 +116,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put back what :func:`optimizer_state` returned."""
+    """Put back what :func:`optimizer_state` returned.
+
+    Raises:
+        UserError: it is of another number of groups.
+    """
+    kept, groups = len(state["groups"]), len(optimizer.param_groups)
+    if kept != groups:
+        raise UserError(f"optimizer/groups: found {kept}, expected the optimizer's {groups}")
     if state["own"]:
         # The class alone knows where it belongs; the rest, which it takes by number, is put right below.
         optimizer.load_state_dict({**optimizer.state_dict(), **copy.deepcopy(state["own"])})

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sonosco_mlflow.errors import UserError
+
 
 def parameter_traits(model: nn.Module) -> dict[str, object]:
     """Return the names of the parameters that are frozen, and the strides of those that do not lie row by row."""
@@ -29,6 +31,9 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any], traits: Mapping
         model: what is changed; its parameters and buffers stay the same objects.
         state: what ``model.state_dict()`` gave.
         traits: None, where they are not known or not to be taken, leaves both types and traits as they are.
+
+    Raises:
+        UserError: strides do not lay a parameter out in the memory that it has.
     """
     if traits is not None:
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -40,7 +45,21 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any], traits: Mapping
             parameter.requires_grad_(name not in traits["frozen"])
             stride = tuple(traits["strides"].get(name, torch.empty(parameter.shape, device="meta").stride()))
             if parameter.stride() != stride:
+                _require_layout(name, parameter, stride)
                 parameter.data = torch.empty_strided(
                     parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
                 )
     model.load_state_dict(state)
+
+
+def _require_layout(name: str, parameter: Tensor, stride: tuple[int, ...]) -> None:
+    """Return if ``stride`` gives each element a place of its own, within as much memory as the parameter takes now."""
+    extent = 1 if len(stride) == parameter.ndim else 0
+    for step, size in sorted(zip(stride, parameter.shape, strict=False)):
+        if size > 1:
+            extent = extent + step * (size - 1) if 0 < extent <= step else 0
+    if not 0 < extent <= max(1, parameter.untyped_storage().nbytes() // parameter.element_size()):
+        raise UserError(
+            f"trainer/parameters/strides/{name}: found {list(stride)}, which does not lay out a parameter of shape "
+            f"{list(parameter.shape)}"
+        )

@@ -379,12 +379,13 @@ class ModelTrainer:
         """Become what :meth:`state_dict` described.
 
         Raises:
-            UserError: the state is of other callbacks, or at a place that the train_loader does not have.
+            UserError: the state is of other callbacks or another optimizer, at a place that the train_loader does not
+                have, or no trainer's.
         """
         trainer = state["trainer"]
         load_model_state(self.model, state["model"], trainer["parameters"])
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
-        self.progress = Progress(**trainer["progress"])
+        self.progress = Progress.of_state(trainer["progress"])
         self.stop_reason = trainer["stop_reason"]
         self.validation = None if trainer["validation"] is None else Validation(**trainer["validation"])
         self._window_loss = trainer["window_loss"]
