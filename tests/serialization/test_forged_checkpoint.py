@@ -34,10 +34,9 @@ def write(parent: Path, step: int = 4, value: float = 1.0) -> Path:
     [
         (lambda manifest: manifest.pop("files"), "unreadable"),
         (lambda manifest: manifest.pop("schema"), "unreadable"),
-        (lambda manifest: manifest.update(schema=99), "schema 99, this version reads 1 to 3; use the version"),
-        (lambda manifest: manifest.update(schema=0), "schema 0, this version reads"),
-        (lambda manifest: manifest.update(schema="3"), "schema 3, this version reads"),
-        (lambda manifest: manifest.update(schema=None), "schema None, this version reads"),
+        (lambda manifest: manifest.update(schema=0), "its schema is 0, expected a number from 1 to 3"),
+        (lambda manifest: manifest.update(schema="3"), "its schema is '3', expected a number"),
+        (lambda manifest: manifest.update(schema=None), "its schema is None, expected a number"),
         (lambda manifest: manifest.update(files=list(manifest["files"])), "unreadable"),
         (lambda manifest: manifest.update(files=None), "unreadable"),
         (lambda manifest: manifest.update(files="ab"), "unreadable"),
