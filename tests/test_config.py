@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from sonosco_mlflow.config import Config, valid_keys
 from sonosco_mlflow.decisive import LATER, decisive
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.recipe import check_recipe
 from sonosco_mlflow.settings import flatten, plain_settings, settings_digest, settings_yaml
 
 # Scripts and people rely on these.
@@ -283,3 +284,11 @@ def test_settings_come_back_from_their_yaml() -> None:
 def test_the_digest_does_not_follow_the_order_of_keys() -> None:
     assert settings_digest({"a": 1, "b": {"c": 2, "d": 3}}) == settings_digest({"b": {"d": 3, "c": 2}, "a": 1})
     assert settings_digest({"a": 1}) != settings_digest({"a": 1.0})
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_along_can_be_trained(path: Path) -> None:
+    assert check_recipe(Config.load(path))

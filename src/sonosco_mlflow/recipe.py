@@ -56,7 +56,7 @@ def check_recipe(config: Config) -> dict[str, object]:
         UserError: the recipe holds credentials, or the model, its settings, the features, the device, an augmentation,
             the sampling or the averaging cannot be; the message names the key.
     """
-    require_no_secrets(config.flat())
+    require_no_secrets(config.model_dump(mode="json"))
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
     _check_device(config.training.device)

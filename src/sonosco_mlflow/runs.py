@@ -201,7 +201,7 @@ def bring_data(config: Config, project: Path) -> DataLineage:
     Raises:
         UserError: the recipe holds credentials; no run is opened.
     """
-    require_no_secrets(config.flat())
+    require_no_secrets(config.model_dump(mode="json"))
     connect(project)
     with TrackedRun.open(config.tracking.experiment, "data", f"data-{config.data.corpus}") as run:
         lineage = DataLineage.of_folder(prepare_data(config, project), recordings=config.augment.reads_recordings)
