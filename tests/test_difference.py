@@ -150,7 +150,7 @@ def decoded(beam: int, manifest: Manifest, project: Path) -> Experiment:
     return train(Experiment.create(recipe, project=project, name="decoded"), toy_trainer(manifest))
 
 
-def tested_worse(run_id: str, database: str) -> None:
+def worse_in_its_test(run_id: str, database: str) -> None:
     query = "UPDATE metrics SET value = value + 1 WHERE key = 'test_word_error_rate' AND run_uuid = ?"
     with sqlite3.connect(database.removeprefix("sqlite:///")) as connection:
         connection.execute(query, [run_id])
@@ -163,7 +163,7 @@ def test_how_the_test_set_is_decoded_matters_to_what_comes_of_it_alone(
     lines = ("decoding.beam was 1, is 4",)
     found = compare(one.run.id, other, project)
     assert [(change.name, change.what, change.matters) for change in found.changes] == [("decoding", lines, False)]
-    tested_worse(other.run.id, module_store)
+    worse_in_its_test(other.run.id, module_store)
     assert compare(one.run.id, other, project).cause == f"decoding: {lines[0]}"
     for run_id, digest in ((one.run.id, "a" * 64), (other.run.id, "b" * 64)):
         mlflow.MlflowClient().set_tag(run_id, LANGUAGE_MODEL_DIGEST, digest)

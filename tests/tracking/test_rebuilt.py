@@ -61,7 +61,7 @@ def test_only_a_command_that_trains_a_recipe_reads_it_from_params(
     snapshot = snapshot_code(project)
     command = Command(("train.py",), "sub", (), trains_recipe)
     kept = {
-        **{"archive": snapshot.archive, "git": snapshot.git_json(), "command": command.to_json()},
+        **{"archive": snapshot.archive, "git": snapshot.git_json(), "command": command},
         **{"settings": {"size": 1}, "environment": Environment("", {}), "data_lock": None},
     }
     for name, value in kept.items():
