@@ -8,7 +8,8 @@ import pytest
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.journal import Row, storable
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, mark_launched_run_failed, metric_records
+from sonosco_mlflow.tracking.metric_rows import metric_records
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun, mark_launched_run_failed
 from sonosco_mlflow.tracking.store import download, find_run
 
 pytestmark = pytest.mark.usefixtures("tracking_store")

@@ -7,7 +7,8 @@ import pytest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.journal import Row, read_rows
 from sonosco_mlflow.tracking.lease import Lease
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
+from sonosco_mlflow.tracking.metric_rows import metric_records
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.recording import Recording
 from sonosco_mlflow.tracking.store import download
 

@@ -16,7 +16,7 @@ import safetensors.torch
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS, MANIFEST, position_of, verify_checkpoint
 from sonosco_mlflow.serialization.state import tensor_bytes
 from sonosco_mlflow.tracking.journal import storable
-from sonosco_mlflow.tracking.mlflow_run import metric_records
+from sonosco_mlflow.tracking.metric_rows import metric_records
 from sonosco_mlflow.tracking.segments import steps_of_ends
 from sonosco_mlflow.tracking.store import artifact_bytes, artifact_names, download, find_run
 from sonosco_mlflow.training.callbacks.base import is_timing

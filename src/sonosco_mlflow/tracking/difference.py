@@ -13,7 +13,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.changes import Change, input_changes, unified_code_diff
 from sonosco_mlflow.tracking.comparison import AT_END, Comparison, Parting, compare_runs
 from sonosco_mlflow.tracking.description import RunLine
-from sonosco_mlflow.tracking.mlflow_run import metric_records
+from sonosco_mlflow.tracking.metric_rows import metric_records
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.tracking.tags import KIND, WEIGHTS_DIGEST

@@ -55,7 +55,8 @@ def check_identity(
     Raises:
         UserError: something differs and is not allowed; the message says how, and what allows it.
     """
-    differ = {name: (recorded[name], present[name]) for name in recorded if name in differing(recorded, present)}
+    others = differing(recorded, present)
+    differ = {name: (recorded[name], present[name]) for name in recorded if name in others}
     refused = [name for name in differ if _change_of(name) not in allowed]
     if refused:
         plain = {name: partial("was {}, is {}".format, *values) for name, values in differ.items()}

@@ -27,7 +27,7 @@ from mlflow.utils.mlflow_tags import (
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.checkpoint import CHECKPOINTS
 from sonosco_mlflow.tracking.active_run import SECONDS_FOR_THE_MONITOR, Activation, active_here
-from sonosco_mlflow.tracking.journal import RESERVED, Recorded, Records, Row
+from sonosco_mlflow.tracking.journal import Row
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import LEDGER, Entry, Ledger
 from sonosco_mlflow.tracking.secrecy import describe_without_secrets, without_secrets
@@ -341,22 +341,6 @@ def _cut(value: str) -> str:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def metric_records(run_id: str) -> Records:
-    """Return every metric that the store holds of a run, by name and step; MLflow's own of the machine aside."""
-    return {key: rows[-1] for key, rows in metric_rows(run_id).items()}
-
-
-def metric_rows(run_id: str) -> dict[tuple[str, int], list[Recorded]]:
-    """Return the same with every row: a metric has one a step, unless another was written past the journal."""
-    client = mlflow.MlflowClient()
-    found: dict[tuple[str, int], list[Recorded]] = {}
-    for name in client.get_run(run_id).data.metrics:
-        if not name.startswith(RESERVED):
-            for item in client.get_metric_history(run_id, name):
-                found.setdefault((name, item.step), []).append(Recorded(item.value, item.timestamp))
-    return found
 
 
 def mark_launched_run_failed(error: Exception) -> None:

@@ -21,7 +21,8 @@ from sonosco_mlflow.tracking.code_snapshot import imported_digests
 from sonosco_mlflow.tracking.journal import JOURNAL, DamagedJournalError, Records, Row, missing_row, read_rows, rows_of
 from sonosco_mlflow.tracking.lease import VANISHED, Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, metric_records
+from sonosco_mlflow.tracking.metric_rows import metric_records
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.segments import BRANCH, Segment, newest_segment
 from sonosco_mlflow.tracking.store import download, find_run, is_away

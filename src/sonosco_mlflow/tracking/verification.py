@@ -22,7 +22,8 @@ from sonosco_mlflow.tracking.journal import JOURNAL, Recorded, read_rows, storab
 from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.ledger import Entry, Ledger, stored_files
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import LONGEST_PARAMETER, PARAMETER_PREFIX, metric_rows
+from sonosco_mlflow.tracking.metric_rows import metric_rows
+from sonosco_mlflow.tracking.mlflow_run import LONGEST_PARAMETER, PARAMETER_PREFIX
 from sonosco_mlflow.tracking.segments import Segment, newest_segment, steps_of_ends
 from sonosco_mlflow.tracking.store import artifact_bytes, download, find_run
 from sonosco_mlflow.tracking.tags import (
