@@ -173,6 +173,7 @@ class Decoding(Section):
     length_normalisation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     attention_limit: Positive | None = None
     end_threshold: Rate | None = None
+    ctc_weight: Share = 0.0
 
 
 class Checkpoint(Section):

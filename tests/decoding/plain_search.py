@@ -84,6 +84,38 @@ class Speaker:
         return [float(value) for value in log_probs], int(self.peaks[utterance, situation])
 
 
+class JointSpeaker(Speaker):
+    """A speaker of whose score CTC decides a share, by the probability of everything that begins with what was said.
+
+    Args:
+        speaker: who decides the rest.
+        frames: ``[batch, frames, vocabulary]``, CTC's log-probabilities.
+        lengths: frames of each utterance.
+        weight: CTC's share.
+    """
+
+    def __init__(self, speaker: Speaker, frames: Tensor, lengths: Sequence[int], weight: float) -> None:
+        super().__init__(speaker.logits, speaker.peaks, speaker.frames)
+        self.weight = weight
+        self.sums = [ctc_sums(rows[:length]) for rows, length in zip(frames, lengths, strict=True)]
+
+    def plainly(self, utterance: int, said: Sequence[int]) -> tuple[list[float], int]:
+        log_probs, peak = super().plainly(utterance, said)
+        before = self.begins(utterance, said)
+        joint = []
+        for token, log_prob in enumerate(log_probs):
+            ends = token == EOS
+            whole = self.sums[utterance].get(tuple(said), 0.0) if ends else self.begins(utterance, [*said, token])
+            is_possible = whole > 0.0 and (ends or token >= FIRST)
+            gain = math.log(whole / before) if is_possible else NEVER
+            joint.append((1.0 - self.weight) * log_prob + self.weight * gain)
+        return joint, peak
+
+    def begins(self, utterance: int, said: Sequence[int]) -> float:
+        """Return the probability of all label sequences that begin with what was said."""
+        return sum(share for labels, share in self.sums[utterance].items() if labels[: len(said)] == tuple(said))
+
+
 @dataclass(frozen=True)
 class SpeakerSteps:
     """Steps of some of a speaker's utterances."""
@@ -98,7 +130,7 @@ class SpeakerSteps:
         speaker.rows += len(previous)
         situation = torch.zeros_like(previous) if state is None else (31 * state[0] + previous) % 97
         weights = nn.functional.one_hot(speaker.peaks[utterances, situation], speaker.frames).float()
-        return speaker.logits[utterances, situation], weights, (situation,)
+        return speaker.logits[utterances, situation].log_softmax(dim=-1), weights, (situation,)
 
     def of(self, utterances: Tensor) -> "SpeakerSteps":
         return replace(self, utterances=self.utterances[utterances])

@@ -50,7 +50,7 @@ def scripted(scripts: list[list[int]], confidence: float = 5.0) -> tuple:
         said = torch.tensor([script[min(position, len(script) - 1)] for script in scripts])
         logits = confidence * torch.nn.functional.one_hot(said, 8).float()
         weights = torch.full((len(scripts), 3), float(position))
-        return logits, weights, (torch.full((len(scripts),), position),)
+        return logits.log_softmax(dim=-1), weights, (torch.full((len(scripts),), position),)
 
     return step, calls
 

@@ -11,6 +11,7 @@ import torch
 from sonosco_mlflow.data.dataset import Sample
 from sonosco_mlflow.data.loader import Batch, collate
 from sonosco_mlflow.decoding.arpa import write_arpa
+from sonosco_mlflow.decoding.greedy import ctc_log_likelihood
 from sonosco_mlflow.decoding.kneser_ney import train_ngrams
 from sonosco_mlflow.decoding.ngram import TokenLanguageModel
 from sonosco_mlflow.decoding.search import GREEDY, Search
@@ -26,6 +27,7 @@ VARIANTS = {
     "las": ("las", {}),
     "las-input-feeding": ("las", {"input_feeding": True, "speller_layers": 2}),
     "tds": ("tds", {}),
+    "tds-ctc": ("tds", {"ctc_weight": 0.5}),
 }
 # The narrow ones differ from greedy decoding, the wide ones find nothing new.
 WIDTHS = (1, 2, 4, 8, 16)
@@ -100,6 +102,34 @@ def test_hypotheses_are_scored_as_the_model_scores_them(
                 total += 0.5 * language_model.log_probs(states)[0, token].item()
                 states = language_model.advance(states, torch.tensor([token]))
             assert one.total == pytest.approx(total, abs=1e-3)
+
+
+def test_attention_and_ctc_are_both_asked_of_each_sentence(
+    build: Callable[..., SpeechModel], batch: Batch, samples: list[Sample]
+) -> None:
+    model = build("las", ctc_weight=0.3)
+    model.ctc_output.weight.data *= 20.0
+    model.eval()
+    search = Search(4, 4, ctc_weight=0.4)
+    for sample, hypotheses in zip(samples, model.search(batch, search), strict=True):
+        alone = model.search(collate([sample]), search)[0]
+        assert [one.tokens for one in alone] == [one.tokens for one in hypotheses]
+        for one in hypotheses:
+            ended = len(one.alignment) > len(one.tokens)
+            with torch.no_grad():
+                memory = model.encode(sample.features[None], torch.tensor([len(sample.features)]))
+                heard = model.ctc_output(memory.values).log_softmax(dim=-1).double()
+            tokens = torch.tensor([one.tokens], dtype=torch.int64)
+            of_ctc = float(ctc_log_likelihood(heard, memory.lengths, tokens, torch.tensor([len(one.tokens)])))
+            assert ended
+            assert one.score == pytest.approx(0.6 * likelihood(model, sample, one) + 0.4 * of_ctc, abs=1e-3)
+
+
+def test_ctc_is_not_asked_where_it_was_not_trained(build: Callable[..., SpeechModel], batch: Batch) -> None:
+    with pytest.raises(UserError, match=r"decoding.ctc_weight: found 0.3, but this model was trained without CTC"):
+        build("tds").eval().search(batch, Search(ctc_weight=0.3))
+    with pytest.raises(UserError, match=r"decoding.ctc_weight: found 0.3, but DeepSpeech2 has no attention"):
+        build("deepspeech2").eval().search(batch, Search(ctc_weight=0.3))
 
 
 def test_an_utterance_is_searched_alone_as_in_company(

@@ -138,10 +138,9 @@ class Beams:
     def take_step(self) -> Taken:
         """Let every hypothesis say one more token, and keep the best."""
         beam, search = self.search.beam, self.search
-        logits, attended, state = self._steps(self._previous, self._state)
-        weights = attended.view(-1, beam, attended.shape[-1])
-        log_probs = logits.log_softmax(dim=-1).double().view(-1, beam, logits.shape[-1])
-        vocabulary = log_probs.shape[-1]
+        log_probs, attended, state = self._steps(self._previous, self._state)
+        weights, vocabulary = attended.view(-1, beam, attended.shape[-1]), log_probs.shape[-1]
+        log_probs = log_probs.double().view(-1, beam, vocabulary)
         scores = (self._model[..., None] + log_probs).flatten(1)
         totals = self._fusion.totals(scores, vocabulary)
         if search.is_limited:

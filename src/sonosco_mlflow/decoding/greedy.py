@@ -28,7 +28,8 @@ class Steps(Protocol):
             state: after the step before, None before the first.
 
         Returns:
-            Logits ``[rows, vocabulary]``, attention weights ``[rows, frames]``, and the state after the step.
+            Log-probabilities of the next token ``[rows, vocabulary]``, attention weights ``[rows, frames]``, and the
+            state after the step.
         """
         ...
 
@@ -123,8 +124,8 @@ def attention_greedy(steps: Steps, limits: Tensor) -> list[Decoded]:
     weights: list[Tensor] = []
     state: State | None = None
     while bool(active.any()):
-        logits, attended, state = steps(previous, state)
-        best_score, previous = logits.log_softmax(dim=-1).max(dim=-1)
+        log_probs, attended, state = steps(previous, state)
+        best_score, previous = log_probs.max(dim=-1)
         tokens.append(previous)
         weights.append(attended)
         scores = scores + best_score.masked_fill(~active, 0.0)

@@ -1,7 +1,8 @@
 """How hypotheses are searched for: the settings that every model's search takes.
 
 A hypothesis is ranked by its total, ``log p(model) + w log p(language model) + r length``, which
-``length_normalisation`` may divide by a power of its length. With no setting at all that is greedy decoding.
+``length_normalisation`` may divide by a power of its length. Of a model with attention and CTC, ``log p(model)`` is
+``(1 - c) log p(attention) + c log p(CTC)``. With no setting at all that is greedy decoding.
 
 >>> Search(beam=8, length_reward=0.5).is_greedy
 False
@@ -50,6 +51,8 @@ class Search:
             that of the step before (Hannun et al. 2019, section 3.5).
         end_threshold: the end of sentence is only considered where its log-probability is above this times that of
             the likeliest other token (same section; 1.5 there). Greater is more lenient.
+        ctc_weight: CTC's share in the score of an attention model that was trained with it, from 0 to 1
+            (:mod:`sonosco_mlflow.decoding.joint`).
 
     Raises:
         UserError: a setting is out of its range.
@@ -63,6 +66,7 @@ class Search:
     length_normalisation: float = 0.0
     attention_limit: int | None = None
     end_threshold: float | None = None
+    ctc_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("beam", "n_best", "attention_limit", "end_threshold"):
@@ -72,6 +76,8 @@ class Search:
         for name in ("language_model_weight", "length_normalisation"):
             if getattr(self, name) < 0:
                 raise UserError(f"decoding.{name}: found {getattr(self, name)}, expected 0 or more")
+        if not 0.0 <= self.ctc_weight <= 1.0:
+            raise UserError(f"decoding.ctc_weight: found {self.ctc_weight}, expected a share from 0 to 1")
         if self.n_best > self.beam:
             raise UserError(
                 f"{self.n_best} hypotheses are wanted of a beam of {self.beam}; set decoding.beam to {self.n_best}"
@@ -84,8 +90,8 @@ class Search:
 
     @property
     def is_scored_otherwise(self) -> bool:
-        """Whether anything but the model's own probability decides which token comes next."""
-        return self.language_model is not None or self.length_reward != 0.0
+        """Whether anything but the model's own next-token probability decides which token comes next."""
+        return self.language_model is not None or self.length_reward != 0.0 or self.ctc_weight != 0.0
 
     @property
     def is_limited(self) -> bool:
@@ -94,8 +100,9 @@ class Search:
 
     def refuse_attention_settings(self, model: str) -> None:
         """Raise a UserError where a setting is used that only attention models know."""
-        for name, idle in (("length_normalisation", 0.0), ("attention_limit", None), ("end_threshold", None)):
-            if getattr(self, name) != idle:
+        idle = {"length_normalisation": 0.0, "attention_limit": None, "end_threshold": None, "ctc_weight": 0.0}
+        for name, value in idle.items():
+            if getattr(self, name) != value:
                 raise UserError(
                     f"decoding.{name}: found {getattr(self, name)}, but {model} has no attention; leave it out"
                 )

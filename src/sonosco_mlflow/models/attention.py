@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.decoding.beam import attention_beam
-from sonosco_mlflow.decoding.greedy import State, attention_greedy, without_special
+from sonosco_mlflow.decoding.greedy import State, Steps, attention_greedy, without_special
+from sonosco_mlflow.decoding.joint import JointSteps, PrefixScorer
 from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.decoding.words import WordLanguageModel
 from sonosco_mlflow.errors import UserError
@@ -134,7 +135,7 @@ class AttentionModel(SpeechModel):
         soft_window_sigma: width of the soft window in encoder frames.
         ctc_weight: share of the training loss that is the CTC loss of a linear layer above the values, 0 for none
             (Watanabe et al. 2017, *Hybrid CTC/Attention Architecture for End-to-End Speech Recognition*). It holds
-            the encoder to reading from left to right, and is not used in decoding.
+            the encoder to reading from left to right; in decoding, ``Search.ctc_weight`` asks it again.
         value_size: features of a value.
         vocabulary_size: number of token ids.
 
@@ -225,8 +226,16 @@ class AttentionModel(SpeechModel):
                 "decoding.language_model: an attention model asks for the next token, which one over words does not "
                 "know; make one by `sonosco language-model --unit tokens`"
             )
+        if search.ctc_weight and self.ctc_output is None:
+            raise UserError(
+                f"decoding.ctc_weight: found {search.ctc_weight}, but this model was trained without CTC; leave it "
+                "out, or train with model.settings.ctc_weight"
+            )
         memory = self.encode(batch.features, batch.feature_lengths)
-        steps = DecoderSteps(self, memory)
+        steps: Steps = DecoderSteps(self, memory)
+        if search.ctc_weight and self.ctc_output is not None:
+            heard = self.ctc_output(memory.values).log_softmax(dim=-1)
+            steps = JointSteps(steps, PrefixScorer(heard, memory.lengths), search.ctc_weight)
         limits = 2 * memory.lengths + 10
         if search.is_greedy:
             decoded = [[one] for one in attention_greedy(steps, limits)]
@@ -253,7 +262,7 @@ class DecoderSteps:
     def __call__(self, previous: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
         """Make one step of each row."""
         logits, weights, state = self.model.spell(previous[:, None], self.memory, state)
-        return logits[:, 0], weights[:, 0], state
+        return logits[:, 0].log_softmax(dim=-1), weights[:, 0], state
 
     def of(self, utterances: Tensor) -> "DecoderSteps":
         """Return the steps for some of the utterances alone."""
