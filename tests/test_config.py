@@ -234,7 +234,15 @@ def test_where_checkpoints_are_averaged_it_counts_which_there_are() -> None:
 
 # What a run may go on with otherwise and still end in the same bits, as far as it has come.
 FREE_KEYS = {
-    *("data.source", "data.workers", "data.processes", "training.epochs", "tracking.experiment", "tracking.run_name"),
+    *(
+        "data.source",
+        "data.workers",
+        "data.processes",
+        "data.cluster",
+        "training.epochs",
+        "tracking.experiment",
+        "tracking.run_name",
+    ),
     "tracking.registered",
     *("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.every_epochs", "checkpoint.keep_last"),
     *("checkpoint.keep_best", "checkpoint.keep_every_steps"),

@@ -47,7 +47,8 @@ class Section(BaseModel):
 class Data(Section):
     """What to train on and how to load it. ``corpus`` and ``source`` decide the data; the rest only how it is read.
 
-    ``sorta_grad`` has the first epoch go from short utterances to long ones.
+    ``sorta_grad`` has the first epoch go from short utterances to long ones. Features are computed in so many
+    ``processes``, or on the ``cluster`` of dask's with this address.
     """
 
     corpus: str = "default"
@@ -56,17 +57,33 @@ class Data(Section):
     sorta_grad: bool = False
     workers: NotNegative = 0
     processes: Positive = 2
+    cluster: str | None = None
 
 
 class Features(Section):
-    """Log-mel features; sizes in seconds."""
+    """What is computed of a recording; sizes in seconds.
 
+    ``kind`` is ``log_mel``, ``kaldi_fbank`` (Kaldi's numbers) or ``mfcc``, ``n_mfcc`` coefficients of ``n_mels`` bands.
+    """
+
+    kind: Literal["log_mel", "kaldi_fbank", "mfcc"] = "log_mel"
     sample_rate: Annotated[int, Field(gt=0, le=1_000_000)] = 16000
     n_mels: Positive = 80
+    n_mfcc: Positive = 40
     window_size: Seconds = 0.025
     window_stride: Seconds = 0.01
     window: Literal["hann", "hamming", "blackman", "povey"] = "hann"
     dtype: Literal["float32", "float16"] = "float32"
+
+    @property
+    def size(self) -> int:
+        """Numbers in a frame."""
+        return self.n_mfcc if self.kind == "mfcc" else self.n_mels
+
+    @property
+    def idle(self) -> set[str]:
+        """Keys that came later and change nothing here: data from before they were there is the same data."""
+        return {"log_mel": {"kind", "n_mfcc"}, "kaldi_fbank": {"n_mfcc"}}.get(self.kind, set())
 
 
 class Tokenizer(Section):
@@ -283,7 +300,7 @@ class Config(Section):
         """The part of the recipe that the data stages depend on."""
         return {
             "data": {"corpus": self.data.corpus, "source": self.data.source},
-            "features": self.features.model_dump(mode="json"),
+            "features": self.features.model_dump(mode="json", exclude=self.features.idle),
             "tokenizer": self.tokenizer.model_dump(mode="json", include={"kind", "size"}),
         }
 

@@ -11,6 +11,7 @@ NOT_DECISIVE: tuple[str, ...] = (
     "data.source",
     "data.workers",
     "data.processes",
+    "data.cluster",
     "checkpoint",
     "tracking",
     "training.epochs",
@@ -21,6 +22,7 @@ NOT_DECISIVE: tuple[str, ...] = (
 # from before goes on. Names of keys, and of sections.
 LATER = (
     *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
+    *("features.kind", "features.n_mfcc"),
     *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),
 )
 

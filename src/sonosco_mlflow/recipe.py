@@ -73,7 +73,7 @@ def check_recipe(config: Config) -> dict[str, object]:
         )
     # The vocabulary is not known yet; on the meta device its size costs nothing, and no generator is drawn from.
     with torch.device("meta"):
-        build_model(config.model.name, config.model.preset, config.features.n_mels, 32, config.model.settings)
+        build_model(config.model.name, config.model.preset, config.features.size, 32, config.model.settings)
     return settings
 
 
@@ -129,7 +129,7 @@ def build_trainer(config: Config, loaders: Loaders) -> ModelTrainer:
     model = build_model(
         config.model.name,
         config.model.preset,
-        n_mels=config.features.n_mels,
+        n_mels=config.features.size,
         vocabulary_size=loaders.train.tokenizer.vocabulary_size,
         settings=config.model.settings,
     )

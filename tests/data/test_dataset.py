@@ -11,7 +11,8 @@ import torchaudio
 
 from sonosco_mlflow.data.augment import Noise, SpecAugment, SpeedPerturbation
 from sonosco_mlflow.data.dataset import AudioDataset
-from sonosco_mlflow.data.features import FeatureStatistics, extract_features
+from sonosco_mlflow.data.extraction import extract_features
+from sonosco_mlflow.data.features import FeatureStatistics
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.data.processor import AudioDataProcessor, read_audio, resampled, resampled_length
 from sonosco_mlflow.determinism import random_stream

@@ -15,7 +15,7 @@ import torch
 
 from sonosco_mlflow.data.augment import Noise, SpeedPerturbation
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
-from sonosco_mlflow.data.features import extract_features
+from sonosco_mlflow.data.extraction import extract_features
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch, collate
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError, describe_failure

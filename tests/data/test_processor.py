@@ -8,7 +8,15 @@ import torch
 import torchaudio
 from hypothesis import given, settings
 
-from sonosco_mlflow.data.processor import WINDOWS, AudioDataProcessor, read_audio
+from sonosco_mlflow.config import Features
+from sonosco_mlflow.data.processor import (
+    WINDOWS,
+    AudioDataProcessor,
+    KaldiFilterBankProcessor,
+    MelCepstrumProcessor,
+    read_audio,
+)
+from sonosco_mlflow.data.stages import make_processor
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 
@@ -34,6 +42,64 @@ def test_features_are_the_logarithm_of_torchaudios_mel_spectrogram() -> None:
     found = AudioDataProcessor(n_mels=40).features(waveform)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+KALDI_WINDOWS = {"hann": "hanning", "hamming": "hamming", "blackman": "blackman", "povey": "povey"}
+
+
+@pytest.mark.parametrize("window", sorted(WINDOWS))
+@pytest.mark.parametrize("sizes", [(16000, 0.025, 0.01), (8000, 0.02, 0.0125), (11025, 0.04, 0.016)])
+def test_filter_banks_are_those_of_torchaudios_kaldi(window: str, sizes: tuple[int, float, float]) -> None:
+    rate, size, stride = sizes
+    processor = KaldiFilterBankProcessor(rate, 40, size, stride, window)
+    waveform = noise(5000)
+    expected = torchaudio.compliance.kaldi.fbank(
+        waveform[None] * 32768,
+        num_mel_bins=40,
+        sample_frequency=rate,
+        frame_length=1000 * size + 0.01,
+        frame_shift=1000 * stride + 0.01,
+        window_type=KALDI_WINDOWS[window],
+        dither=0.0,
+    )
+    found = processor.features(waveform)
+    assert found.shape == expected.shape == (processor.frames(5000), processor.size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_coefficients_are_torchaudios() -> None:
+    waveform = noise(5000)
+    settings = {"n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 40, "center": False}
+    settings |= {"window_fn": torch.hann_window, "wkwargs": {"periodic": False}}
+    transform = torchaudio.transforms.MFCC(16000, n_mfcc=13, log_mels=True, melkwargs=settings)
+    expected = transform(torch.nn.functional.pad(waveform, (56, 56))).T
+    processor = MelCepstrumProcessor(n_mels=40, n_mfcc=13)
+    found = processor.features(waveform)
+    assert found.shape == (processor.frames(5000), processor.size) == (29, 13)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "size"),
+    [
+        ({}, AudioDataProcessor, 80),
+        ({"kind": "kaldi_fbank", "window": "povey", "n_mels": 40}, KaldiFilterBankProcessor, 40),
+        ({"kind": "mfcc"}, MelCepstrumProcessor, 40),
+        ({"kind": "mfcc", "n_mfcc": 13, "n_mels": 26}, MelCepstrumProcessor, 13),
+    ],
+)
+def test_a_recipe_names_its_features(settings: dict[str, object], kind: type, size: int) -> None:
+    features = Features(**settings)
+    processor = make_processor(features)
+    assert type(processor) is kind
+    assert processor.features(noise(2000)).shape[1] == features.size == processor.size == size
+
+
+def test_features_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match=r"features\.n_mfcc is 41, expected at most 40, the number of mel bands"):
+        MelCepstrumProcessor(n_mels=40, n_mfcc=41)
+    with pytest.raises(UserError, match=r"features\.n_mels is 3, expected at least 4 for Kaldi's filter banks"):
+        KaldiFilterBankProcessor(n_mels=3)
 
 
 @pytest.mark.parametrize("window", sorted(WINDOWS))
@@ -109,7 +175,9 @@ def test_an_unknown_window_is_refused() -> None:
         AudioDataProcessor(window="hanning")
 
 
-def test_a_processor_comes_back_from_its_description() -> None:
-    processor = AudioDataProcessor(8000, 20, 0.02, 0.01, "povey")
+@pytest.mark.parametrize("kind", [AudioDataProcessor, KaldiFilterBankProcessor, MelCepstrumProcessor])
+def test_a_processor_comes_back_from_its_description(kind: type) -> None:
+    processor = kind(8000, 40, 0.02, 0.01, "hamming")
     again = Deserializer().build(Serializer().describe(processor))
+    assert type(again) is kind
     assert torch.equal(again.features(noise(2000)), processor.features(noise(2000)))

@@ -5,16 +5,13 @@
     features/train/shard-00000.npy   [frames, mel] of many utterances, one after the other
     features/train/index.jsonl       id, shard, first frame, frames; written last
 
-DVC handles a few big files far better than one file an utterance, and so does the page cache. Which utterance lies
-in which shard follows from the durations in the manifest alone, so that the bytes do not depend on the number of
-processes that made them.
+DVC handles a few big files far better than one file an utterance, and so does the page cache.
+:mod:`sonosco_mlflow.data.extraction` makes them.
 """
 
 import hashlib
 import json
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,14 +22,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sonosco_mlflow.data.manifest import Manifest, Utterance
-from sonosco_mlflow.data.processor import AudioDataProcessor
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import serializable
 
 INDEX = "index.jsonl"
-SHARD_BYTES = 64 * 1024 * 1024
-Progress = Callable[[int, int], None]
 
 
 @serializable
@@ -105,7 +98,7 @@ class FeatureStore:
     """Read access to features on disk.
 
     Args:
-        directory: what :func:`extract_features` wrote.
+        directory: what :func:`~sonosco_mlflow.data.extraction.extract_features` wrote.
 
     Raises:
         UserError: the directory holds no complete store.
@@ -198,85 +191,3 @@ def shard_name(shard: int) -> str:
     'shard-00007.npy'
     """
     return f"shard-{shard:05d}.npy"
-
-
-def assign_shards(manifest: Manifest, processor: AudioDataProcessor, bytes_per_value: int) -> list[list[Utterance]]:
-    """Cut ``manifest`` into shards of at most ``SHARD_BYTES`` each, by the durations it states."""
-    shards: list[list[Utterance]] = [[]]
-    filled = 0
-    for utterance in manifest:
-        frames = processor.frames(round(utterance.duration * processor.sample_rate))
-        size = frames * processor.n_mels * bytes_per_value
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(utterance)
-        filled += size
-    return shards
-
-
-def extract_features(
-    manifest: Manifest,
-    processor: AudioDataProcessor,
-    directory: Path,
-    *,
-    dtype: str = "float32",
-    processes: int = 1,
-    progress: Progress = lambda done, total: None,
-) -> FeatureStore:
-    """Extract the features of ``manifest`` into ``directory`` and return the store.
-
-    Each process computes one utterance at a time on one thread (batching loses on a CPU). A file appears under its
-    name only when it is whole, and the index last, so that an interrupted extraction is never taken for a store.
-
-    Raises:
-        UserError: an utterance cannot be read; the message names it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    shards = assign_shards(manifest, processor, np.dtype(dtype).itemsize)
-    index = []
-    done = 0
-    with multiprocessing.get_context("fork").Pool(processes, _start_worker, (manifest, processor)) as pool:
-        for number, utterances in enumerate(shards):
-            arrays = []
-            first = 0
-            for utterance, array in zip(utterances, pool.imap(_features, utterances, chunksize=8), strict=True):
-                arrays.append(array)
-                index.append({"id": utterance.id, "shard": number, "first": first, "frames": len(array)})
-                first += len(array)
-                done += 1
-                progress(done, len(manifest))
-            _write_array(directory / shard_name(number), np.concatenate(arrays).astype(dtype))
-    _write_text(directory / INDEX, "".join(json.dumps(row) + "\n" for row in index))
-    return FeatureStore(directory)
-
-
-# What every task of a worker needs: handed over once, when the worker is forked, instead of with each task.
-_worker: tuple[Manifest, AudioDataProcessor]
-
-
-def _start_worker(manifest: Manifest, processor: AudioDataProcessor) -> None:
-    global _worker
-    # The pool ends its workers by it: one that does something else with it may be waited for without end.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _worker = (manifest, processor)
-    torch.set_num_threads(1)
-
-
-def _features(utterance: Utterance) -> npt.NDArray[np.float32]:
-    manifest, processor = _worker
-    array: npt.NDArray[np.float32] = processor(manifest.audio_path(utterance)).numpy()
-    return array
-
-
-def _write_array(path: Path, array: npt.NDArray[np.floating[Any]]) -> None:
-    partial_path = path.with_suffix(".partial")
-    with partial_path.open("wb") as file:
-        np.save(file, array)
-    partial_path.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(text, encoding="utf-8")
-    partial_path.replace(path)

@@ -1,4 +1,7 @@
-"""AudioDataProcessor: from a sound file to log-mel features.
+"""AudioDataProcessor: from a sound file to features, log-mel energies or what is made of them.
+
+All of them are torchaudio's numbers, without dither. A frame covers the samples from the start of its window on, so
+that the number of frames follows from the number of samples alone.
 
 >>> processor = AudioDataProcessor(n_mels=80)
 >>> processor.features(torch.zeros(16000)).shape
@@ -82,6 +85,7 @@ class AudioDataProcessor:
             raise UserError(f"features.window is '{window}', expected one of {', '.join(WINDOWS)}")
         self.sample_rate = sample_rate
         self.n_mels = n_mels
+        self.window = window
         self.window_length = round(window_size * sample_rate)
         self.hop_length = round(window_stride * sample_rate)
         if self.window_length < 2 or self.hop_length < 1:
@@ -109,24 +113,32 @@ class AudioDataProcessor:
         self._left = (n_fft - self.window_length) // 2
         self._right = n_fft - self.window_length - self._left
 
+    @property
+    def size(self) -> int:
+        """Numbers in a frame."""
+        return self.n_mels
+
     def frames(self, samples: int) -> int:
         """Return the number of feature frames of a waveform of that many samples at ``sample_rate``."""
         return max(0, 1 + (samples - self.window_length) // self.hop_length)
 
     def features(self, waveform: Tensor) -> Tensor:
-        """Return natural-log mel energies ``[frames, n_mels]`` float32 of a waveform ``[samples]``.
+        """Return the features ``[frames, size]`` float32 of a waveform ``[samples]``.
 
         Raises:
             UserError: the waveform is shorter than one window.
         """
         if self.frames(len(waveform)) == 0:
             raise UserError(f"{len(waveform)} samples are shorter than one analysis window of {self.window_length}")
-        padded = torch.nn.functional.pad(waveform, (self._left, self._right))
-        energies: Tensor = self._spectrogram(padded)
-        return energies.clamp_min(1e-10).log().T.contiguous()
+        return self._frames_of(waveform).contiguous()
+
+    def _frames_of(self, waveform: Tensor) -> Tensor:
+        """Return the natural logarithm of the mel energies of a waveform that is long enough."""
+        energies: Tensor = self._spectrogram(torch.nn.functional.pad(waveform, (self._left, self._right)))
+        return energies.clamp_min(1e-10).log().T
 
     def __call__(self, path: Path) -> Tensor:
-        """Return the features ``[frames, n_mels]`` of a sound file.
+        """Return the features ``[frames, size]`` of a sound file.
 
         Raises:
             UserError: the file cannot be read, or is shorter than one window; the message names it.
@@ -136,3 +148,88 @@ class AudioDataProcessor:
             return self.features(waveform)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+
+@serializable
+class KaldiFilterBankProcessor(AudioDataProcessor):
+    """Kaldi's log-mel filter banks, as ``torchaudio.compliance.kaldi.fbank`` computes them.
+
+    Samples count as 16 bit integers, as Kaldi reads them; each window is centred and pre-emphasised.
+
+    Args:
+        sample_rate: Hz; audio at another rate is resampled to it.
+        n_mels: number of mel filters, at least 4.
+        window_size: seconds of one analysis window.
+        window_stride: seconds between the starts of two windows.
+        window: "hann", "hamming", "blackman" or "povey", which is Kaldi's own.
+
+    Raises:
+        UserError: as for :class:`AudioDataProcessor`, or fewer than 4 mel bands.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_mels: int = 80,
+        window_size: float = 0.025,
+        window_stride: float = 0.01,
+        window: str = "povey",
+    ) -> None:
+        super().__init__(sample_rate, n_mels, window_size, window_stride, window)
+        if n_mels < 4:
+            raise UserError(f"features.n_mels is {n_mels}, expected at least 4 for Kaldi's filter banks")
+
+    def _frames_of(self, waveform: Tensor) -> Tensor:
+        energies: Tensor = torchaudio.compliance.kaldi.fbank(
+            waveform[None] * 2**15,
+            sample_frequency=self.sample_rate,
+            num_mel_bins=self.n_mels,
+            # In milliseconds, of which the samples are cut off: a half more keeps them whole.
+            frame_length=1000 * (self.window_length + 0.5) / self.sample_rate,
+            frame_shift=1000 * (self.hop_length + 0.5) / self.sample_rate,
+            window_type={"hann": "hanning"}.get(self.window, self.window),
+        )
+        return energies
+
+
+@serializable
+class MelCepstrumProcessor(AudioDataProcessor):
+    """Mel-frequency cepstral coefficients, as ``torchaudio.transforms.MFCC`` computes them of log-mel energies.
+
+    Args:
+        sample_rate: Hz; audio at another rate is resampled to it.
+        n_mels: number of mel filters.
+        window_size: seconds of one analysis window.
+        window_stride: seconds between the starts of two windows.
+        window: "hann", "hamming", "blackman" or "povey".
+        n_mfcc: number of coefficients, the first ones of an orthonormal cosine transform.
+
+    Raises:
+        UserError: as for :class:`AudioDataProcessor`, or more coefficients than mel bands.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_mels: int = 80,
+        window_size: float = 0.025,
+        window_stride: float = 0.01,
+        window: str = "hann",
+        n_mfcc: int = 40,
+    ) -> None:
+        super().__init__(sample_rate, n_mels, window_size, window_stride, window)
+        if n_mfcc > n_mels:
+            raise UserError(f"features.n_mfcc is {n_mfcc}, expected at most {n_mels}, the number of mel bands")
+        self.n_mfcc = n_mfcc
+        self._cosines = torchaudio.functional.create_dct(n_mfcc, n_mels, norm="ortho")
+
+    @property
+    def size(self) -> int:
+        """Numbers in a frame."""
+        return self.n_mfcc
+
+    def _frames_of(self, waveform: Tensor) -> Tensor:
+        energies: Tensor = self._spectrogram(torch.nn.functional.pad(waveform, (self._left, self._right)))
+        # torchaudio adds this to energies that are to become coefficients, where log-mel energies are cut off.
+        coefficients: Tensor = (energies + 1e-6).log().T @ self._cosines
+        return coefficients

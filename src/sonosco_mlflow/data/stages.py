@@ -9,7 +9,6 @@
 Each stage is a function of the recipe and of the folder of the stage before; DVC decides which must run.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,15 +102,20 @@ def make_manifests(config: Config, folder: DataFolder) -> None:
 def make_features(config: Config, folder: DataFolder, progress: Progress = _silent) -> None:
     """Extract the features of every split, and the statistics of the training split."""
     # torch takes seconds to import, and the other stages need none of it.
-    from sonosco_mlflow.data.features import FeatureStatistics, extract_features
+    from sonosco_mlflow.data.executors import Cluster, Processes
+    from sonosco_mlflow.data.extraction import extract_features
+    from sonosco_mlflow.data.features import FeatureStatistics
 
+    executor = Processes(config.data.processes) if config.data.cluster is None else Cluster(config.data.cluster)
     for split in SPLITS:
         store = extract_features(
             Manifest.read(folder.manifest(split)),
             make_processor(config.features),
-            _emptied(folder.store(split)),
+            folder.store(split),
             dtype=config.features.dtype,
-            processes=config.data.processes,
+            executor=executor,
+            # Not below `features`: DVC empties that before the stage.
+            unfinished=folder.root / ".unfinished" / split,
             progress=lambda done, total, split=split: progress(f"features of {split}", done, total),  # type: ignore[misc]
         )
         if split == "train":
@@ -120,12 +124,10 @@ def make_features(config: Config, folder: DataFolder, progress: Progress = _sile
 
 def make_processor(features: Features) -> "AudioDataProcessor":
     """Return the processor of a recipe."""
-    from sonosco_mlflow.data.processor import AudioDataProcessor
+    from sonosco_mlflow.data.processor import AudioDataProcessor, KaldiFilterBankProcessor, MelCepstrumProcessor
 
-    return AudioDataProcessor(**features.model_dump(exclude={"dtype"}))
-
-
-def _emptied(directory: Path) -> Path:
-    # Shards of a larger corpus of before must not lie beside the new ones.
-    shutil.rmtree(directory, ignore_errors=True)
-    return directory
+    kinds = {"log_mel": AudioDataProcessor, "kaldi_fbank": KaldiFilterBankProcessor, "mfcc": MelCepstrumProcessor}
+    settings = features.model_dump(exclude={"dtype", "kind", "n_mfcc"})
+    if features.kind == "mfcc":
+        settings["n_mfcc"] = features.n_mfcc
+    return kinds[features.kind](**settings)

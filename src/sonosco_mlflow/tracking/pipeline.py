@@ -178,7 +178,7 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
     if not code.is_symlink():
         code.symlink_to(os.path.relpath(project / "src", workspace))
     recipe = _absolute(config, project)
-    recipe["data"]["processes"] = config.data.processes
+    recipe["data"] |= {"processes": config.data.processes, "cluster": config.data.cluster}
     yaml = YAML()
     stages = yaml.load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     chosen = {name: stages[name] for name in DATA_STAGES}

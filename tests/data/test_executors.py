@@ -1,0 +1,107 @@
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.executors import Cluster, Executor, Processes
+from sonosco_mlflow.data.extraction import extract_features
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.stages import DataFolder, make_features, make_manifests
+from sonosco_mlflow.errors import UserError
+from toy import PROCESSOR, tone_corpus, tone_texts
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """The address of a small cluster: two workers, each a process of its own."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.fixture(params=["one process", "two processes", "cluster"])
+def executor(request: pytest.FixtureRequest) -> Executor:
+    if request.param == "cluster":
+        return Cluster(request.getfixturevalue("scheduler"))
+    return Processes(1 if request.param == "one process" else 2)
+
+
+def slow_square(number: int) -> tuple[int, int, int]:
+    # The first ones take the longest, so that they end last.
+    time.sleep(max(0.0, 0.1 - number / 50))
+    return number * number, os.getpid(), torch.get_num_threads()
+
+
+def refused(number: int) -> int:
+    if number == 3:
+        raise UserError("three is refused")
+    return number
+
+
+def test_results_come_in_the_order_of_the_tasks(executor: Executor) -> None:
+    results = list(executor.map(slow_square, range(20)))
+    assert [square for square, _, _ in results] == [number * number for number in range(20)]
+    assert {threads for _, _, threads in results} == {1}
+    assert os.getpid() not in {pid for _, pid, _ in results}
+
+
+def test_there_may_be_nothing_to_do(executor: Executor) -> None:
+    assert list(executor.map(slow_square, [])) == []
+
+
+def test_an_error_of_a_task_is_raised_here(executor: Executor) -> None:
+    results = executor.map(refused, range(10))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="three is refused"):
+        next(results)
+
+
+def test_a_cluster_extracts_the_same_bytes(scheduler: str, tone_manifest: Manifest, tmp_path: Path) -> None:
+    here = extract_features(tone_manifest, PROCESSOR, tmp_path / "here")
+    there = extract_features(tone_manifest, PROCESSOR, tmp_path / "there", executor=Cluster(scheduler))
+    assert there.digest == here.digest
+
+
+def test_no_more_tasks_are_out_than_keep_the_workers_busy(scheduler: str, tmp_path: Path) -> None:
+    results = Cluster(scheduler).map(touched, [tmp_path / str(number) for number in range(40)])
+    next(results)
+    time.sleep(1.0)
+    assert len(list(tmp_path.iterdir())) == 8
+    assert len(list(results)) == 39
+
+
+def touched(path: Path) -> None:
+    path.touch()
+
+
+def test_a_recipe_names_its_cluster(scheduler: str, tmp_path: Path) -> None:
+    digests = []
+    for name, cluster in (("here", "null"), ("there", scheduler)):
+        folder = DataFolder(tmp_path / name)
+        for split in ("train", "dev", "test"):
+            tone_corpus(folder.corpus, tone_texts(6)).write(folder.corpus / f"{split}.jsonl")
+        config = Config.resolve({"features": {"n_mels": 8}}, {"data.cluster": cluster})
+        make_manifests(config, folder)
+        make_features(config, folder)
+        digests.append([path.read_bytes() for path in sorted(folder.features.rglob("*.*"))])
+        assert not list((folder.root / ".unfinished").iterdir())
+    assert digests[0] == digests[1]
+
+
+def test_a_cluster_that_is_not_there_is_named() -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(UserError, match=r"data\.cluster: no scheduler of dask's answers at 'tcp://127\.0\.0\.1:9'"):
+        list(Cluster("tcp://127.0.0.1:9").map(abs, [1]))
+
+
+def test_without_dask_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"data\.cluster: found 'tcp://x:1', but dask\.distributed is not installed"):
+        list(Cluster("tcp://x:1").map(abs, [1]))
