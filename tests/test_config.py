@@ -248,7 +248,7 @@ FREE_KEYS = {
     *("checkpoint.keep_best", "checkpoint.keep_every_steps"),
     *("decoding.beam", "decoding.language_model", "decoding.language_model_unit", "decoding.language_model_weight"),
     *("decoding.length_reward", "decoding.length_normalisation", "decoding.attention_limit", "decoding.end_threshold"),
-    "decoding.ctc_weight",
+    *("decoding.ctc_weight", "augment.noise_corpus", "augment.impulse_responses"),
 }
 
 

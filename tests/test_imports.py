@@ -34,6 +34,7 @@ STOREYS = [
         "experiment",
         "recipe",
         "language_models",
+        "preview",
         "outcome",
         "runs",
         "trained",

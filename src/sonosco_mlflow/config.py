@@ -109,7 +109,10 @@ class Augment(Section):
     """SpecAugment's masks, in frames and mel bands (0 masks switch it off), and what is done to recordings.
 
     One of ``speeds`` is drawn for each utterance and epoch; noise of ``noise_snr``, lowest and highest in dB, is added
-    to ``noise_share`` of them. Empty lists switch these off; else the recordings are read instead of the features.
+    to ``noise_share`` of them: of the recordings below the folder ``noise_corpus``, or else made up. ``gain`` is in dB,
+    ``pitch`` in semitones, lowest and highest; ``shift`` is the most in seconds. ``reverberation_share`` are played in
+    one of the rooms whose ``impulse_responses`` lie below that folder. What is empty or 0 is off; if anything of these
+    is on, the recordings are read instead of the features.
     """
 
     time_masks: NotNegative = 2
@@ -120,11 +123,19 @@ class Augment(Section):
     speeds: list[Rate] = Field(default_factory=list)
     noise_snr: list[float] = Field(default_factory=list)
     noise_share: Share = 0.5
+    noise_corpus: str | None = None
+    gain: list[float] = Field(default_factory=list)
+    pitch: list[float] = Field(default_factory=list)
+    shift: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    impulse_responses: str | None = None
+    reverberation_share: Share = 0.5
 
     @property
     def reads_recordings(self) -> bool:
         """Whether training reads the recordings instead of the stored features."""
-        return bool(self.speeds or self.noise_snr)
+        return bool(
+            self.speeds or self.noise_snr or self.gain or self.pitch or self.shift or self.impulse_responses is not None
+        )
 
 
 class Optimizer(Section):

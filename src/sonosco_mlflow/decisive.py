@@ -12,6 +12,8 @@ NOT_DECISIVE: tuple[str, ...] = (
     "data.workers",
     "data.processes",
     "data.cluster",
+    "augment.noise_corpus",
+    "augment.impulse_responses",
     "checkpoint",
     "tracking",
     "training.epochs",
@@ -22,6 +24,7 @@ NOT_DECISIVE: tuple[str, ...] = (
 # from before goes on. Names of keys, and of sections.
 LATER = (
     *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
+    *("augment.gain", "augment.pitch", "augment.shift", "augment.reverberation_share"),
     *("features.kind", "features.n_mfcc"),
     *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),
 )

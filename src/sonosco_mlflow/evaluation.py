@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from sonosco_mlflow.data.dataset import Sample
 from sonosco_mlflow.data.loader import collate
@@ -101,6 +102,18 @@ def mel_spectrogram(sample: Sample) -> bytes:
     figure.colorbar(image, label="normalised log energy")
     axes.set(xlabel="frame", ylabel="mel band")
     axes.set_title(f"{sample.id}: {sample.text}", parse_math=False)
+    return _png(figure)
+
+
+def compared_features(pictures: Mapping[str, Tensor], title: str) -> bytes:
+    """Return a PNG of normalised features ``[frames, size]``, one below the other to one scale."""
+    figure = Figure(figsize=(9, 0.8 + 1.5 * len(pictures)), layout="constrained")
+    rows = figure.subplots(len(pictures), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (name, features) in zip(rows, pictures.items(), strict=True):
+        axes.imshow(features.T.numpy(), origin="lower", aspect="auto", interpolation="nearest", vmin=-2.5, vmax=2.5)
+        axes.set_ylabel(name)
+    rows[-1].set_xlabel("frame")
+    figure.suptitle(title, fontsize="medium", parse_math=False)
     return _png(figure)
 
 

@@ -13,6 +13,7 @@ from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder, make_processor
+from sonosco_mlflow.data.waveforms import Gain, Pitch, RecordedNoise, Reverberation, Shift, Sounds
 from sonosco_mlflow.decoding.ngram import TokenLanguageModel
 from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.decoding.words import WordLanguageModel
@@ -60,7 +61,7 @@ def check_recipe(config: Config) -> dict[str, object]:
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
     _check_device(config.training.device)
-    _waveform_augmentations(config.augment)
+    waveform_augmentations(config.augment, config.features.sample_rate)
     if config.tokenizer.sampling and config.tokenizer.kind == "characters":
         raise UserError(
             f"tokenizer.sampling: found {config.tokenizer.sampling} beside tokenizer.kind 'characters', which spell a "
@@ -110,7 +111,7 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
         store=FeatureStore(folder.store(split)),
         statistics=FeatureStatistics.read(folder.statistics),
         augmentation=_augmentation(config.augment) if training else None,
-        waveform_augmentations=_waveform_augmentations(config.augment) if training else (),
+        waveform_augmentations=waveform_augmentations(config.augment, config.features.sample_rate) if training else (),
         word_sampling=config.tokenizer.sampling if training else 0.0,
         seed=config.training.seed,
     )
@@ -183,16 +184,40 @@ def _augmentation(augment: Augment) -> SpecAugment | None:
     return SpecAugment(**augment.model_dump(include=masks))
 
 
-def _waveform_augmentations(augment: Augment) -> list[WaveformAugmentation]:
+def waveform_augmentations(augment: Augment, sample_rate: int) -> list[WaveformAugmentation]:
+    """Return what a recipe has happen to recordings, in the order in which it happens.
+
+    Raises:
+        UserError: a setting is out of its range, or a folder has no recordings.
+    """
     found: list[WaveformAugmentation] = []
     if augment.speeds:
         found.append(SpeedPerturbation(augment.speeds))
+    if augment.pitch:
+        found.append(Pitch(*_two("augment.pitch", augment.pitch, "semitones")))
+    if augment.shift:
+        found.append(Shift(augment.shift, sample_rate))
+    if augment.impulse_responses is not None:
+        rooms = Sounds(Path(augment.impulse_responses), "augment.impulse_responses")
+        found.append(Reverberation(rooms, sample_rate, augment.reverberation_share))
     if augment.noise_snr:
-        if len(augment.noise_snr) != 2:
-            raise UserError(f"augment.noise_snr: found {augment.noise_snr}, expected the lowest and the highest, in dB")
-        lowest, highest = augment.noise_snr
-        found.append(Noise(lowest, highest, augment.noise_share))
+        lowest, highest = _two("augment.noise_snr", augment.noise_snr, "dB")
+        if augment.noise_corpus is None:
+            found.append(Noise(lowest, highest, augment.noise_share))
+        else:
+            sounds = Sounds(Path(augment.noise_corpus), "augment.noise_corpus")
+            found.append(RecordedNoise(sounds, sample_rate, lowest, highest, augment.noise_share))
+    elif augment.noise_corpus is not None:
+        raise UserError("augment.noise_corpus: expected augment.noise_snr beside it, such as [10, 30]")
+    if augment.gain:
+        found.append(Gain(*_two("augment.gain", augment.gain, "dB")))
     return found
+
+
+def _two(key: str, values: list[float], unit: str) -> tuple[float, float]:
+    if len(values) != 2:
+        raise UserError(f"{key}: found {values}, expected the lowest and the highest, in {unit}")
+    return values[0], values[1]
 
 
 def _optimizer(recipe: Optimizer, model: SpeechModel) -> torch.optim.Optimizer:

@@ -31,7 +31,11 @@ class Augmentation(Protocol):
 
 
 class WaveformAugmentation(Protocol):
-    """A random change of a recording."""
+    """A random change of a recording.
+
+    One that depends on more than its parameters, such as files, has an attribute ``digest``, a text, of all that it
+    depends on; a run does not go on where that is another.
+    """
 
     def samples(self, samples: int, stream: np.random.Generator) -> int:
         """Return how many samples become of so many, by a stream that is equal to the one of the change itself."""

@@ -165,17 +165,27 @@ class AudioDataset:
             )
         return [self.store.frames(utterance.id) for utterance in self.manifest]
 
-    def _of_waveform(self, position: int, epoch: int) -> Sample:
-        utterance = self.manifest[position]
-        path = self.manifest.audio_path(utterance)
-        waveform = read_audio(path, self.processor.sample_rate)
+    def without_augmentation(self) -> "AudioDataset":
+        """Return a dataset of the same utterances, as they are."""
+        return AudioDataset(
+            self.manifest, self.processor, self.tokenizer, store=self.store, statistics=self.statistics, seed=self.seed
+        )
+
+    def waveform(self, position: int, epoch: int) -> Tensor:
+        """Return the recording ``[samples]`` at ``position`` as ``epoch`` hears it."""
+        waveform = read_audio(self.manifest.audio_path(self.manifest[position]), self.processor.sample_rate)
         for augment, stream in self._changes(position, epoch):
             waveform = augment(waveform, stream)
+        return waveform
+
+    def _of_waveform(self, position: int, epoch: int) -> Sample:
+        utterance = self.manifest[position]
         try:
-            return self._sample(utterance, self.processor.features(waveform))
+            return self._sample(utterance, self.processor.features(self.waveform(position, epoch)))
         except UserError as error:
             raise UserError(
-                f"{path}: {error}, as epoch {epoch} plays it; leave it out, or change augment.speeds"
+                f"{self.manifest.audio_path(utterance)}: {error}, as epoch {epoch} plays it; leave it out, or change "
+                "augment.speeds"
             ) from error
 
     def _samples_in(self, position: int, epoch: int) -> int:
@@ -205,5 +215,5 @@ def _description(part: object) -> object:
     try:
         return Serializer().describe(part)
     except UserError:
-        # An augmentation of the user's that remembers no parameters: its name is all that is known.
-        return qualified_name(type(part))
+        # What depends on more than its parameters has a digest; else its name is all that is known.
+        return [qualified_name(type(part)), part.digest] if hasattr(part, "digest") else qualified_name(type(part))
