@@ -21,11 +21,7 @@ def cut_missing(given: dict[str, list[Utterance]], root: Path) -> dict[str, list
     train = given["train"]
     named = {utterance.speaker for utterance in train} - {UNKNOWN_SPEAKER}
     by_speaker = len(named) >= _SPEAKERS_TO_CUT_BY
-
-    def group(utterance: Utterance) -> str:
-        return utterance.speaker if by_speaker and utterance.speaker in named else utterance.id
-
-    positions = {name: position(name) for name in map(group, train)}
+    positions = {name: position(name) for name in (group_of(utterance, by_speaker) for utterance in train)}
     if missing and len(positions) <= len(missing):
         raise UserError(
             f"data.source: {root} has {len(train)} utterances to train on, too few to cut "
@@ -35,15 +31,21 @@ def cut_missing(given: dict[str, list[Utterance]], root: Path) -> dict[str, list
     for split in missing:
         low, high = _CUT_SHARES[split]
         chosen = {name for name, place in positions.items() if low <= place < high} or {_nearest(positions, low)}
-        splits[split] = [utterance for utterance in train if group(utterance) in chosen]
+        splits[split] = [utterance for utterance in train if group_of(utterance, by_speaker) in chosen]
         positions = {name: place for name, place in positions.items() if name not in chosen}
-    splits["train"] = [utterance for utterance in train if group(utterance) in positions]
+    splits["train"] = [utterance for utterance in train if group_of(utterance, by_speaker) in positions]
     return splits
 
 
-def position(name: str) -> float:
-    """Return a fixed place in [0, 1) for ``name``, from its sha256."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / (1 << 48)
+def group_of(utterance: Utterance, by_speaker: bool) -> str:
+    """Return what stays together with ``utterance``: its speaker where that is asked for and known, else itself."""
+    return utterance.speaker if by_speaker and utterance.speaker != UNKNOWN_SPEAKER else utterance.id
+
+
+def position(name: str, seed: int = 0) -> float:
+    """Return a fixed place in [0, 1) for ``name``, from its sha256; another one for another seed."""
+    digest = hashlib.sha256((f"{seed}:{name}" if seed else name).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / (1 << 48)
 
 
 def _nearest(positions: dict[str, float], low: float) -> str:
