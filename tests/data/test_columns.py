@@ -1,6 +1,7 @@
 """The quick way into a long manifest says what the exact one says, of whatever stands there."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -170,7 +171,7 @@ def test_rows_and_slices_are_those_of_objects(pair: tuple[Manifest, Manifest]) -
     for chosen in (slice(3), slice(4990, None), slice(None, None, 7), slice(None, None, -1), slice(10, 5)):
         assert list(quick[chosen]) == list(exact[chosen])
         assert quick[chosen].digest == exact[chosen].digest
-    assert list(quick.values("text")) == list(exact.values("text"))
+    assert list(quick._values("text")) == list(exact._values("text"))
     assert exact[3] in quick
     assert list(reversed(quick)) == list(reversed(exact))
 
@@ -189,3 +190,18 @@ def test_a_number_that_no_float_holds_is_named(tmp_path: Path, number: str) -> N
     path.write_text(f'{{"audio_filepath": "a", "duration": {number}, "text": ""}}\n')
     with pytest.raises(UserError, match=r"m\.jsonl:1: (key 'duration': found 111|found no valid JSON)"):
         Manifest.read(path)
+
+
+parts = st.sampled_from(["a", "b", "c d", "..", ".", "", "a.wav"])
+folders = st.lists(st.sampled_from(["a", "b", ".."]), max_size=4).map("/".join)
+
+
+@settings(max_examples=500)
+@given(folders, folders, st.lists(parts, min_size=1, max_size=5).map("/".join), st.booleans())
+@example("", "a", "a/b.wav", True)
+@example("a", "a", "/b.wav", False)
+def test_audio_paths_are_expressed_as_the_library_does(root: str, folder: str, audio: str, absolute: bool) -> None:
+    origin = Path("/top/" + root if absolute else root)
+    target = Path("/top/" + folder if absolute else folder)
+    expected = audio if audio.startswith("/") else Path(os.path.relpath(origin / audio, target)).as_posix()
+    assert manifest_module._from_folder(origin, target)(audio) == expected

@@ -13,7 +13,7 @@ digest, which is why it says what is learnt from and not where on this disk it l
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,9 @@ from sonosco_mlflow.data.utterances import UNKNOWN_SPEAKER, Utterance, line_of, 
 from sonosco_mlflow.errors import UserError
 
 __all__ = ["UNKNOWN_SPEAKER", "Manifest", "Utterance"]
+
+# Parts of a path that are not the name of a file or folder.
+_NO_NAMES = frozenset(("", ".", ".."))
 
 
 class Manifest(Sequence[Utterance]):
@@ -71,9 +74,10 @@ class Manifest(Sequence[Utterance]):
         The same utterances give the same bytes.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        express = _from_folder(self.root, path.parent)
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line_of(utterance, self._path_from(path.parent, utterance)) for utterance in self)
+            file.writelines(line_of(utterance, express(utterance.audio_filepath)) for utterance in self)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -96,14 +100,14 @@ class Manifest(Sequence[Utterance]):
     @property
     def hours(self) -> float:
         """The summed duration in hours."""
-        return math.fsum(self.values("duration")) / 3600
+        return math.fsum(self._values("duration")) / 3600
 
     @property
     def speakers(self) -> tuple[str, ...]:
         """The names of the speakers, sorted, each once."""
-        return tuple(sorted(set(self.values("speaker"))))
+        return tuple(sorted(set(self._values("speaker"))))
 
-    def values(self, name: str) -> Iterator[Any]:
+    def _values(self, name: str) -> Iterator[Any]:
         """Yield one field of each utterance, in their order: less work than to ask every utterance for it."""
         if isinstance(self._utterances, tuple):
             return (getattr(utterance, name) for utterance in self._utterances)
@@ -130,10 +134,27 @@ class Manifest(Sequence[Utterance]):
     def __repr__(self) -> str:
         return f"Manifest({len(self)} utterances, {self.hours:.2f} h, root={str(self.root)!r})"
 
-    def _path_from(self, folder: Path, utterance: Utterance) -> str:
-        if Path(utterance.audio_filepath).is_absolute():
-            return utterance.audio_filepath
-        return Path(os.path.relpath(self.audio_path(utterance), folder)).as_posix()
+
+def _from_folder(root: Path, folder: Path) -> Callable[[str], str]:
+    """Return what makes of an audio path that starts from ``root`` one that starts from ``folder``.
+
+    It says what ``os.path.relpath`` says, which takes most of the time that writing a manifest does, and asks it where
+    its answer is not plain.
+    """
+    way = os.path.relpath(root, folder)
+    start = "" if way == "." else f"{way}/"
+    # Where ``folder`` lies below ``root``, an audio path may lead through it.
+    through = os.path.relpath(folder, root).split("/")[0] if Path(way).name == ".." else None
+
+    def express(audio_filepath: str) -> str:
+        parts = audio_filepath.split("/")
+        if _NO_NAMES.isdisjoint(parts) and parts[0] != through:
+            return start + audio_filepath
+        if Path(audio_filepath).is_absolute():
+            return audio_filepath
+        return Path(os.path.relpath(root / audio_filepath, folder)).as_posix()
+
+    return express
 
 
 def _read_exactly(path: Path) -> list[Utterance]:
