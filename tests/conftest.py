@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's pictures take longer than its training does here; what they look like is asked of them alone."""
-    monkeypatch.setattr(evaluation, "_png", lambda figure: b"\x89PNG")
+    monkeypatch.setattr(evaluation, "png", lambda figure: b"\x89PNG")
 
 
 @pytest.fixture(scope="session")

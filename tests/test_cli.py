@@ -116,7 +116,7 @@ def test_every_verb_of_the_pipeline_is_there(
 ) -> None:
     assert sonosco(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    for verb in ("corpus", "manifest", "features", "data", "train", "resume", "evaluate", "transcribe"):
+    for verb in ("corpus", "manifests", "features", "data", "train", "resume", "evaluate", "transcribe"):
         assert verb in shown
 
 

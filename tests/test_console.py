@@ -1,3 +1,6 @@
+import os
+import pty
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,3 +40,25 @@ def test_stages_are_counted_in_lines_where_there_is_no_terminal(capsys: pytest.C
         for done in range(1, 4):
             progress("corpus", done, 3)
     assert capsys.readouterr().err == "corpus: 3 of 3\n"
+
+
+PROGRAM = """
+from sonosco_mlflow.console import stage_progress
+with stage_progress() as progress:
+    progress("recordings", 1, 2)
+    print("a finding")
+"""
+
+
+def test_what_is_printed_beside_a_bar_goes_where_it_should() -> None:
+    terminal, theirs = pty.openpty()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+        )
+        shown = os.read(terminal, 100_000)
+    finally:
+        os.close(theirs)
+        os.close(terminal)
+    assert result.stdout == b"a finding\n"
+    assert b"recordings" in shown

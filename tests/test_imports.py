@@ -29,7 +29,8 @@ STOREYS = [
         "canary",
         "data",
     ),
-    *("decoding", "models", "metrics", "training", "testing", "tracking", "evaluation", "serving", "reporting"),
+    *("decoding", "models", "metrics", "training", "testing", "tracking", "pictures", "pages", "evaluation"),
+    *("serving", "reporting", "manifest_report"),
     *(
         "experiment",
         "recipe",
@@ -56,8 +57,8 @@ HOMES = {
     "git": {"tracking"},
     "sentencepiece": {"word_pieces"},
     "typer": {"cli"},
-    "matplotlib": {"evaluation"},
-    "jinja2": {"difference_report"},
+    "matplotlib": {"evaluation", "pictures"},
+    "jinja2": {"pages"},
     "flashlight": set(),  # by way of torchaudio alone
     "optuna": {"search_space", "sweep"},
 }

@@ -94,7 +94,8 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield _progress_lines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
+    # Above the bars in a terminal; what goes to a file is none of theirs.
+    with Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as bars:
         tasks = {}
 
         def show(what: str, done: int, total: int) -> None:

@@ -1,11 +1,9 @@
 """The difference of two runs for a reader: as text in the terminal, and as one page of HTML that needs nothing else."""
 
-import base64
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from sonosco_mlflow.evaluation import compared_curves
+from sonosco_mlflow.pages import data_address, page
 from sonosco_mlflow.tracking.difference import Difference
 
 # A terminal shows the beginning of a long list; the page has all of it.
@@ -37,20 +35,14 @@ def difference_text(found: Difference) -> str:
 
 def difference_page(found: Difference) -> str:
     """Return the difference as a page of HTML; its picture is part of it."""
-    environment = Environment(
-        loader=PackageLoader("sonosco_mlflow"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["number"] = _number
     # A single point says no more than its row in the table.
     names = {name for curves in found.curves for name, (steps, _) in curves.items() if len(steps) > 1}
     shown = [
         {name: curve for name, curve in curves.items() if name in names and name.endswith(("loss", "error_rate"))}
         for curves in found.curves
     ]
-    picture = base64.b64encode(compared_curves(shown[0], shown[1])).decode()
-    return environment.get_template("difference.html").render(
-        found=found, picture=picture, code_lines=found.code.splitlines()
-    )
+    picture = data_address(compared_curves(shown[0], shown[1]), "image/png")
+    return page("difference.html", found=found, picture=picture, code_lines=found.code.splitlines(), number=_number)
 
 
 def write_difference_page(found: Difference, path: Path) -> None:

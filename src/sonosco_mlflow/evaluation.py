@@ -1,7 +1,5 @@
 """What a run shows at its end: hypotheses beside references, learning curves, an alignment, a spectrogram."""
 
-import io
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +11,7 @@ from sonosco_mlflow.data.dataset import Sample
 from sonosco_mlflow.data.loader import collate
 from sonosco_mlflow.metrics import bootstrap_interval, character_errors, word_errors
 from sonosco_mlflow.models.base import SpeechModel
+from sonosco_mlflow.pictures import png
 from sonosco_mlflow.text import SpecialToken, Tokenizer
 from sonosco_mlflow.training.validation import Validation
 
@@ -73,7 +72,7 @@ def learning_curves(curves: Mapping[str, Curve]) -> bytes:
         if axes.lines:
             axes.legend()
     rates.set_xlabel("optimizer step")
-    return _png(figure)
+    return png(figure)
 
 
 def compared_curves(one: Mapping[str, Curve], other: Mapping[str, Curve]) -> bytes:
@@ -91,7 +90,7 @@ def compared_curves(one: Mapping[str, Curve], other: Mapping[str, Curve]) -> byt
         if axes.lines:
             axes.legend()
     figure.supxlabel("optimizer step", fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def mel_spectrogram(sample: Sample) -> bytes:
@@ -102,7 +101,7 @@ def mel_spectrogram(sample: Sample) -> bytes:
     figure.colorbar(image, label="normalised log energy")
     axes.set(xlabel="frame", ylabel="mel band")
     axes.set_title(f"{sample.id}: {sample.text}", parse_math=False)
-    return _png(figure)
+    return png(figure)
 
 
 def compared_features(pictures: Mapping[str, Tensor], title: str) -> bytes:
@@ -114,7 +113,7 @@ def compared_features(pictures: Mapping[str, Tensor], title: str) -> bytes:
         axes.set_ylabel(name)
     rows[-1].set_xlabel("frame")
     figure.suptitle(title, fontsize="medium", parse_math=False)
-    return _png(figure)
+    return png(figure)
 
 
 def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) -> bytes:
@@ -138,7 +137,7 @@ def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) 
     axes.set_yticks(range(len(steps)), steps, fontsize=6, parse_math=False)
     axes.set(xlabel="encoder frame", ylabel="token")
     axes.set_title(f"{sample.id}: {tokenizer.decode(hypothesis.tokens)}", parse_math=False)
-    return _png(figure)
+    return png(figure)
 
 
 def transcripts(results: Sequence[UtteranceResult], count: int) -> str:
@@ -154,13 +153,3 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
     """Return metrics as a Markdown table."""
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
     return f"| metric | value |\n|---|---|\n{rows}"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A transcript may hold characters that the font lacks: they become boxes.
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        # Without the software's version in its metadata the picture depends on the data alone.
-        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()

@@ -59,6 +59,11 @@ class Vocabulary(ABC):
     def vocabulary_size(self) -> int:
         """Number of ids, the special ones included."""
 
+    @property
+    @abstractmethod
+    def characters(self) -> frozenset[str]:
+        """What a text may hold: any other character becomes ``SpecialToken.UNKNOWN``."""
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without start or end of sentence."""
@@ -106,6 +111,11 @@ class CharacterTokenizer(Vocabulary):
     def vocabulary_size(self) -> int:
         """Number of ids, the special ones included."""
         return len(SpecialToken) + len(self.alphabet)
+
+    @property
+    def characters(self) -> frozenset[str]:
+        """The alphabet."""
+        return frozenset(self.alphabet)
 
     def encode(self, text: str) -> list[int]:
         """Return one id a character; a character outside the alphabet becomes ``SpecialToken.UNKNOWN``."""

@@ -94,6 +94,11 @@ class WordPieceTokenizer(Vocabulary):
         """Number of ids, the special ones included."""
         return len(SpecialToken) + len(self.pieces)
 
+    @property
+    def characters(self) -> frozenset[str]:
+        """Those that are pieces by themselves, which any text can be spelled by."""
+        return frozenset(" " if piece == SPACE else piece for piece in self.pieces if len(piece) == 1)
+
     def encode(self, text: str) -> list[int]:
         """Return the likeliest spelling; a character outside all pieces becomes ``SpecialToken.UNKNOWN``."""
         return [token for word in _words(text) for token in self.segmentations(word, 1)[0]]

@@ -14,7 +14,7 @@ import typer
 from sonosco_mlflow.background import is_hanging
 
 # Each module adds its verbs.
-from sonosco_mlflow.cli import augment, data, provenance, training  # noqa: F401
+from sonosco_mlflow.cli import augment, data, manifest, provenance, training  # noqa: F401
 from sonosco_mlflow.cli.app import app, normalise
 from sonosco_mlflow.errors import UserError, describe_failure
 

@@ -34,7 +34,7 @@ def corpus(
 
 
 @app.command(context_settings=RECIPE_KEYS)
-def manifest(
+def manifests(
     context: typer.Context,
     into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
     settings: Set = None,

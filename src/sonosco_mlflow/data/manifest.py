@@ -11,32 +11,22 @@ digest, which is why it says what is learnt from and not where on this disk it l
 """
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
+from sonosco_mlflow.data.columns import Columns, read_columns
+from sonosco_mlflow.data.utterances import UNKNOWN_SPEAKER, Utterance, line_of, parse_line
 from sonosco_mlflow.errors import UserError
 
-UNKNOWN_SPEAKER = "unknown"
+__all__ = ["UNKNOWN_SPEAKER", "Manifest", "Utterance"]
 
-
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """One recording and its transcript. The field order is the order of the keys in a line.
-
-    ``audio_filepath`` is absolute, or relative to the folder of the manifest; ``duration`` is in seconds.
-    """
-
-    id: str
-    audio_filepath: str
-    duration: float
-    text: str
-    speaker: str
+# Parts of a path that are not the name of a file or folder.
+_NO_NAMES = frozenset(("", ".", ".."))
 
 
 class Manifest(Sequence[Utterance]):
@@ -47,14 +37,15 @@ class Manifest(Sequence[Utterance]):
     """
 
     def __init__(self, utterances: Iterable[Utterance], root: Path) -> None:
-        self._utterances = tuple(sorted(utterances, key=lambda utterance: utterance.id))
-        self.root = root
-        for first, second in zip(self._utterances, self._utterances[1:], strict=False):
+        ordered = sorted(utterances, key=lambda utterance: utterance.id)
+        for first, second in pairwise(ordered):
             if first.id == second.id:
                 raise UserError(
                     f"two utterances have the id {first.id!r}: {first.audio_filepath} and "
                     f"{second.audio_filepath}. Ids must be unique: rename one of the two."
                 )
+        self._utterances: tuple[Utterance, ...] | Columns = tuple(ordered)
+        self.root = root
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -66,20 +57,16 @@ class Manifest(Sequence[Utterance]):
         Raises:
             UserError: naming file, line and key, what was found and what was expected.
         """
-        first_lines: dict[str, int] = {}
-        utterances = []
-        for number, line in enumerate(_read_text(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            utterance = _parse(line, f"{path}:{number}")
-            first = first_lines.setdefault(utterance.id, number)
-            if first != number:
-                raise UserError(
-                    f"{path}:{number}: id {utterance.id!r} stands already in line {first}. Expected "
-                    "an 'id' of its own in each line (without one it is the name of the audio file)."
-                )
-            utterances.append(utterance)
-        return cls(utterances, path.parent)
+        columns = read_columns(path) if path.is_file() else None
+        if columns is not None and not (ordered := columns.in_order()).has_twins():
+            return cls._of_columns(ordered, path.parent)
+        return cls(_read_exactly(path), path.parent)
+
+    @classmethod
+    def _of_columns(cls, columns: Columns, root: Path) -> "Manifest":
+        manifest = cls([], root)
+        manifest._utterances = columns
+        return manifest
 
     def write(self, path: Path) -> None:
         """Write to ``path``, whole or not at all; relative audio paths are expressed from its folder.
@@ -87,10 +74,10 @@ class Manifest(Sequence[Utterance]):
         The same utterances give the same bytes.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [_line(replace(u, audio_filepath=self._path_from(path.parent, u))) for u in self._utterances]
+        express = _from_folder(self.root, path.parent)
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
+            file.writelines(line_of(utterance, express(utterance.audio_filepath)) for utterance in self)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -105,18 +92,26 @@ class Manifest(Sequence[Utterance]):
 
         Audio paths are left out: a corpus that moves, or is checked out elsewhere, is the same corpus.
         """
-        lines = (_line(replace(utterance, audio_filepath="")) for utterance in self._utterances)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        found = hashlib.sha256()
+        for utterance in self:
+            found.update(line_of(utterance, audio_filepath="").encode())
+        return found.hexdigest()
 
     @property
     def hours(self) -> float:
         """The summed duration in hours."""
-        return math.fsum(utterance.duration for utterance in self._utterances) / 3600
+        return math.fsum(self._values("duration")) / 3600
 
     @property
     def speakers(self) -> tuple[str, ...]:
         """The names of the speakers, sorted, each once."""
-        return tuple(sorted({utterance.speaker for utterance in self._utterances}))
+        return tuple(sorted(set(self._values("speaker"))))
+
+    def _values(self, name: str) -> Iterator[Any]:
+        """Yield one field of each utterance, in their order: less work than to ask every utterance for it."""
+        if isinstance(self._utterances, tuple):
+            return (getattr(utterance, name) for utterance in self._utterances)
+        return iter(self._utterances.values(name))
 
     def __len__(self) -> int:
         return len(self._utterances)
@@ -126,21 +121,57 @@ class Manifest(Sequence[Utterance]):
     @overload
     def __getitem__(self, index: slice) -> "Manifest": ...
     def __getitem__(self, index: int | slice) -> "Utterance | Manifest":
-        if isinstance(index, slice):
-            return Manifest(self._utterances[index], self.root)
-        return self._utterances[index]
+        if not isinstance(index, slice):
+            return self._utterances[index]
+        chosen = self._utterances[index]
+        if isinstance(chosen, tuple):
+            return Manifest(chosen, self.root)
+        return Manifest._of_columns(chosen.in_order(), self.root)
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return iter(self._utterances)
 
     def __repr__(self) -> str:
         return f"Manifest({len(self)} utterances, {self.hours:.2f} h, root={str(self.root)!r})"
 
-    def _path_from(self, folder: Path, utterance: Utterance) -> str:
-        if Path(utterance.audio_filepath).is_absolute():
-            return utterance.audio_filepath
-        return Path(os.path.relpath(self.audio_path(utterance), folder)).as_posix()
+
+def _from_folder(root: Path, folder: Path) -> Callable[[str], str]:
+    """Return what makes of an audio path that starts from ``root`` one that starts from ``folder``.
+
+    It says what ``os.path.relpath`` says, which takes most of the time that writing a manifest does, and asks it where
+    its answer is not plain.
+    """
+    way = os.path.relpath(root, folder)
+    start = "" if way == "." else f"{way}/"
+    # Where ``folder`` lies below ``root``, an audio path may lead through it.
+    through = os.path.relpath(folder, root).split("/")[0] if Path(way).name == ".." else None
+
+    def express(audio_filepath: str) -> str:
+        parts = audio_filepath.split("/")
+        if _NO_NAMES.isdisjoint(parts) and parts[0] != through:
+            return start + audio_filepath
+        if Path(audio_filepath).is_absolute():
+            return audio_filepath
+        return Path(os.path.relpath(root / audio_filepath, folder)).as_posix()
+
+    return express
 
 
-def _line(utterance: Utterance) -> str:
-    return json.dumps(asdict(utterance), ensure_ascii=False) + "\n"
+def _read_exactly(path: Path) -> list[Utterance]:
+    first_lines: dict[str, int] = {}
+    utterances = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        utterance = parse_line(line, f"{path}:{number}")
+        first = first_lines.setdefault(utterance.id, number)
+        if first != number:
+            raise UserError(
+                f"{path}:{number}: id {utterance.id!r} stands already in line {first}. Expected "
+                "an 'id' of its own in each line (without one it is the name of the audio file)."
+            )
+        utterances.append(utterance)
+    return utterances
 
 
 def _read_text(path: Path) -> str:
@@ -150,44 +181,3 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: there is no such manifest. Expected a JSON Lines file.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: found bytes that are not UTF-8 at offset {error.start}. Expected UTF-8.") from error
-
-
-def _parse(line: str, place: str) -> Utterance:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: found no valid JSON ({error}). Expected one JSON object a line.") from error
-    if not isinstance(entry, dict):
-        raise UserError(f"{place}: found {line.strip()[:80]}. Expected a JSON object.")
-    if entry.get("offset"):
-        raise UserError(
-            f"{place}: key 'offset': found {_found(entry, 'offset')}. Segments of longer recordings are not "
-            "read: cut each into a file of its own."
-        )
-    audio_filepath = _string(entry, "audio_filepath", place)
-    return Utterance(
-        id=_string({"id": Path(audio_filepath).stem} | entry, "id", place),
-        audio_filepath=audio_filepath,
-        duration=_seconds(entry, place),
-        text=_string(entry, "text", place, may_be_empty=True),
-        speaker=_string({"speaker": UNKNOWN_SPEAKER} | entry, "speaker", place),
-    )
-
-
-def _string(entry: Mapping[str, object], key: str, place: str, may_be_empty: bool = False) -> str:
-    value = entry.get(key)
-    if isinstance(value, str) and (value or may_be_empty):
-        return value
-    expected = "a string" if may_be_empty else "a string that is not empty"
-    raise UserError(f"{place}: key {key!r}: found {_found(entry, key)}. Expected {expected}.")
-
-
-def _seconds(entry: Mapping[str, object], place: str) -> float:
-    value = entry.get("duration")
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
-    raise UserError(f"{place}: key 'duration': found {_found(entry, 'duration')}. Expected seconds above 0.")
-
-
-def _found(entry: Mapping[str, object], key: str) -> str:
-    return json.dumps(entry[key], ensure_ascii=False)[:80] if key in entry else f"no such key in {sorted(entry)}"

@@ -1,0 +1,1 @@
+"""What is done with manifests beside reading them: checking, cutting and counting."""
