@@ -21,6 +21,7 @@ NOT_DECISIVE: tuple[str, ...] = (
 # from before goes on. Names of keys, and of sections.
 LATER = (
     *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
+    "data.parts",
     *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),
 )
 

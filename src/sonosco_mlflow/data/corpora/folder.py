@@ -5,29 +5,29 @@ preference, ``train.jsonl`` (``dev.jsonl``, ``test.jsonl``), folders ``train`` (
 from everything: what is missing is cut from the training part, by speaker where enough are known.
 """
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from sonosco_mlflow.data.corpora.audio import duration_of
-from sonosco_mlflow.data.corpora.base import SPLITS, Progress, some
+from sonosco_mlflow.data.corpora.base import Progress, some
+from sonosco_mlflow.data.corpora.recordings import read_durations
+from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, cut_missing, refuse_parts
 from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Manifest, Utterance
 from sonosco_mlflow.errors import UserError
 
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus")
 _NOT_TRANSCRIPTS = ("readme", "license", "licence", "copying", "notice")
-_SPEAKERS_TO_CUT_BY = 10
-_CUT_SHARES = {"dev": (0.0, 0.1), "test": (0.1, 0.2)}
 
 
-def bring(directory: Path, source: str | None, processes: int, progress: Progress) -> dict[str, Manifest]:
+def bring(
+    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
+) -> dict[str, Manifest]:
     """Describe the recordings under ``source``; see ``Corpus.bring``.
 
     Raises:
-        UserError: no source, no recordings, audio without transcript or the reverse, an empty transcript, or
+        UserError: parts, no source, no recordings, audio without transcript or the reverse, an empty transcript, or
             audio that cannot be read; files are named, the first five and their number.
     """
+    refuse_parts(parts, "the folder corpus")
     if source is None:
         raise UserError("data.source: the folder corpus needs one: the folder with your recordings.")
     root = Path(source).expanduser().resolve()
@@ -35,23 +35,25 @@ def bring(directory: Path, source: str | None, processes: int, progress: Progres
         raise UserError(f"data.source: {root} is not a folder. Expected the folder with your recordings.")
     if any((root / f"{split}.jsonl").is_file() for split in SPLITS):
         given = {
-            split: _read_manifest(root / f"{split}.jsonl", progress)
+            split: _read_manifest(root / f"{split}.jsonl", processes, progress)
             for split in SPLITS
             if (root / f"{split}.jsonl").is_file()
         }
     elif (root / "train").is_dir():
-        given = {split: _scan(root / split, f"{split}-", progress) for split in SPLITS if (root / split).is_dir()}
+        given = {
+            split: _scan(root / split, f"{split}-", processes, progress) for split in SPLITS if (root / split).is_dir()
+        }
     else:
-        given = {"train": _scan(root, "", progress)}
+        given = {"train": _scan(root, "", processes, progress)}
     if not given.get("train"):
         raise UserError(
             f"data.source: {root} has no training recordings. Expected wav/*.wav with txt/*.txt, audio "
             f"({', '.join(_AUDIO_SUFFIXES)}) with a same-named .txt beside it, or train.jsonl."
         )
-    return {split: Manifest(utterances, root) for split, utterances in _cut_missing(given, root).items()}
+    return {split: Manifest(utterances, root) for split, utterances in cut_missing(given, root).items()}
 
 
-def _read_manifest(path: Path, progress: Progress) -> list[Utterance]:
+def _read_manifest(path: Path, processes: int, progress: Progress) -> list[Utterance]:
     manifest = Manifest.read(path)
     paths = {utterance.id: manifest.audio_path(utterance).resolve() for utterance in manifest}
     missing = [str(place) for place in paths.values() if not place.is_file()]
@@ -60,14 +62,14 @@ def _read_manifest(path: Path, progress: Progress) -> list[Utterance]:
     empty = [utterance.id for utterance in manifest if not utterance.text.strip()]
     if empty:
         raise UserError(f"{path}: these utterances have an empty text: {some(empty)}.")
-    durations = _read_durations(list(paths.values()), progress)
+    durations = read_durations(paths.values(), processes, progress)
     return [
         replace(utterance, audio_filepath=str(place), duration=durations[place])
         for utterance, place in zip(manifest, paths.values(), strict=True)
     ]
 
 
-def _scan(folder: Path, prefix: str, progress: Progress) -> list[Utterance]:
+def _scan(folder: Path, prefix: str, processes: int, progress: Progress) -> list[Utterance]:
     """Return the utterances under ``folder``; an id is ``prefix`` and the path, "-" for "/", no suffix."""
     separate = (folder / "wav").is_dir() and (folder / "txt").is_dir()
     audio_root, text_root = (folder / "wav", folder / "txt") if separate else (folder, folder)
@@ -75,7 +77,7 @@ def _scan(folder: Path, prefix: str, progress: Progress) -> list[Utterance]:
     transcripts = {path: text_root / path.relative_to(audio_root).with_suffix(".txt") for path in recordings}
     _refuse_unpaired(transcripts, text_root, separate)
     texts = _read_transcripts(transcripts)
-    durations = _read_durations(recordings, progress)
+    durations = read_durations(recordings, processes, progress)
     return [
         Utterance(
             id=prefix + "-".join(path.relative_to(audio_root).with_suffix("").parts),
@@ -121,56 +123,3 @@ def _read_transcripts(transcripts: dict[Path, Path]) -> dict[Path, str]:
     if empty:
         raise UserError(f"empty transcripts: {some(empty)}. Write what is said, or take the recording away too.")
     return texts
-
-
-def _read_durations(recordings: list[Path], progress: Progress) -> dict[Path, float]:
-    durations, unreadable = {}, []
-    for done, path in enumerate(recordings, start=1):
-        try:
-            durations[path] = duration_of(path)
-        except UserError:
-            unreadable.append(str(path))
-        progress(done, len(recordings))
-    if unreadable:
-        raise UserError(f"recordings that are empty or cannot be read as audio: {some(unreadable)}.")
-    return durations
-
-
-def _cut_missing(given: dict[str, list[Utterance]], root: Path) -> dict[str, list[Utterance]]:
-    """Cut a tenth of "train" for each split that was not given.
-
-    Where a group (a speaker, or an utterance where few speakers are known) goes depends on its own name
-    alone, so that new recordings move no old one. Only a split that would stay empty takes the nearest group.
-    """
-    missing = [split for split in _CUT_SHARES if not given.get(split)]
-    train = given["train"]
-    named = {utterance.speaker for utterance in train} - {UNKNOWN_SPEAKER}
-    by_speaker = len(named) >= _SPEAKERS_TO_CUT_BY
-
-    def group(utterance: Utterance) -> str:
-        return utterance.speaker if by_speaker and utterance.speaker in named else utterance.id
-
-    positions = {name: _position(name) for name in map(group, train)}
-    if missing and len(positions) <= len(missing):
-        raise UserError(
-            f"data.source: {root} has {len(train)} utterances to train on, too few to cut "
-            f"{' and '.join(missing)} from them. Add recordings, or give these splits."
-        )
-    splits = dict(given)
-    for split in missing:
-        low, high = _CUT_SHARES[split]
-        chosen = {name for name, place in positions.items() if low <= place < high} or {_nearest(positions, low)}
-        splits[split] = [utterance for utterance in train if group(utterance) in chosen]
-        positions = {name: place for name, place in positions.items() if name not in chosen}
-    splits["train"] = [utterance for utterance in train if group(utterance) in positions]
-    return splits
-
-
-def _position(name: str) -> float:
-    """Return a fixed place in [0, 1) for ``name``, from its sha256."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / (1 << 48)
-
-
-def _nearest(positions: dict[str, float], low: float) -> str:
-    above: Iterable[str] = [name for name, place in positions.items() if place >= low] or positions
-    return min(above, key=positions.__getitem__)
