@@ -23,6 +23,14 @@ _MODULES = {
     "default": "sonosco_mlflow.data.corpora.embedded",
     "an4": "sonosco_mlflow.data.corpora.an4",
     "folder": "sonosco_mlflow.data.corpora.folder",
+    "librispeech": "sonosco_mlflow.data.corpora.librispeech",
+    "tedlium": "sonosco_mlflow.data.corpora.tedlium",
+    "voxforge": "sonosco_mlflow.data.corpora.voxforge",
+    "common-voice": "sonosco_mlflow.data.corpora.common_voice",
+    "sonosco-csv": "sonosco_mlflow.data.corpora.sonosco_csv",
+    "nemo": "sonosco_mlflow.data.corpora.nemo",
+    "lhotse": "sonosco_mlflow.data.corpora.lhotse",
+    "kaldi": "sonosco_mlflow.data.corpora.kaldi",
 }
 CORPORA = tuple(_MODULES)
 AUDIO_ELSEWHERE = "audio.sha256"
