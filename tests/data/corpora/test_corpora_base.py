@@ -23,6 +23,34 @@ def test_an_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
         bring_corpus("an5", tmp_path)
 
 
+WITHOUT_PARTS = ("default", "an4", "folder", "tedlium", "voxforge")
+
+
+@pytest.mark.parametrize("name", WITHOUT_PARTS)
+def test_a_corpus_without_parts_refuses_them_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.parts: found \{'train': \['x'\]\}, but .* is not made of parts"):
+        bring_corpus(name, tmp_path, source=None, parts={"train": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"trian": ["x"]}, r"data\.parts: found the split 'trian', did you mean 'train'\?"),
+        ({"dev": ["x"]}, r"data\.parts: names no part for train"),
+        ({"train": []}, r"data\.parts: names no part for train"),
+        ({"train": ["x"], "dev": ["y", "x"]}, r"data\.parts: found 'x' in train and in dev\. Expected each part once"),
+        ({"train": ["x", "x"]}, r"data\.parts: found 'x' in train and in train"),
+    ],
+)
+@pytest.mark.parametrize("name", CORPORA)
+def test_parts_that_make_no_splits_are_refused(
+    tmp_path: Path, name: str, parts: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        bring_corpus(name, tmp_path, parts=parts)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_neither_torch_nor_mlflow_is_imported() -> None:
     code = (
         "import importlib, sys\n"

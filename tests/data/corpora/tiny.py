@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def samples(seconds: float = 0.1, seed: int = 0, channels: int = 1) -> np.ndarra
     return noise[:, 0] if channels == 1 else noise
 
 
+@cache  # of two streams of Ogg, even with the same sound, no two are equal
 def sound(kind: str = "wav", seconds: float = 0.1, seed: int = 0, channels: int = 1) -> bytes:
     """Return such noise as the bytes of an audio file."""
     form, subtype = _FORMATS[kind]

@@ -224,8 +224,9 @@ def _damage_named(source: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists all that it has tried
         raise UserError(
-            f"{source}: cannot be read as a {kind} ({error}). It is damaged or was not copied to its end: delete it "
+            f"{source}: cannot be read as a {kind} ({reason}). It is damaged or was not copied to its end: delete it "
             "and fetch it anew."
         ) from error
 

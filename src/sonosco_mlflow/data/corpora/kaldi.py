@@ -3,7 +3,9 @@
 ``wav.scp`` must hold plain paths. A pipe is a command, which is not run here: convert the recordings first.
 """
 
+import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from sonosco_mlflow.data.corpora.base import Progress, some
@@ -31,26 +33,30 @@ def bring(
     return _FORMAT.bring(directory, source, parts, processes, progress)
 
 
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Which part of which recording an utterance is, and where that stands."""
+
+    recording: str
+    place: str
+    start: float = 0.0
+    end: float | None = None
+
+
 def _read(folder: Path) -> list[Segment]:
     recordings = {name: (place, _recording(path, place, folder)) for name, place, path in _table(folder / "wav.scp")}
-    texts = {name: (place, text) for name, place, text in _table(folder / "text", may_be_empty=True)}
-    speakers = {name: text for name, _, text in _table(folder / "utt2spk")} if (folder / "utt2spk").is_file() else None
-    spans = _read_segments(folder, recordings.keys())
-    utterances = spans if spans is not None else {name: (name, 0.0, None) for name in recordings}
-    _require_all(folder / "text", utterances.keys(), texts.keys())
-    if speakers is not None:
-        _require_all(folder / "utt2spk", utterances.keys(), speakers.keys())
+    spans = {name: _Span(name, place) for name, (place, _) in recordings.items()}
+    if (folder / "segments").is_file():
+        spans = _read_segments(folder, recordings)
+    texts = {name: text for name, _, text in _table(folder / "text", may_be_empty=True)}
+    speakers = dict.fromkeys(spans, UNKNOWN_SPEAKER)
+    if (folder / "utt2spk").is_file():
+        speakers = {name: speaker for name, _, speaker in _table(folder / "utt2spk")}
+    _require_same(folder / "text", spans, texts)
+    _require_same(folder / "utt2spk", spans, speakers)
     return [
-        Segment(
-            id=name,
-            recording=recordings[recording][1],
-            text=texts[name][1],
-            speaker=speakers[name] if speakers is not None else UNKNOWN_SPEAKER,
-            place=recordings[recording][0] if spans is None else f"{folder / 'segments'}: {name}",
-            start=start,
-            end=end,
-        )
-        for name, (recording, start, end) in utterances.items()
+        Segment(name, recordings[span.recording][1], texts[name], speakers[name], span.place, span.start, span.end)
+        for name, span in spans.items()
     ]
 
 
@@ -63,21 +69,19 @@ def _recording(path: str, place: str, folder: Path) -> Path:
     return locate(path, folder)
 
 
-def _read_segments(folder: Path, recordings: Collection[str]) -> dict[str, tuple[str, float, float | None]] | None:
-    """Return the recording, start and end of each utterance, or None where each recording is one."""
-    path = folder / "segments"
-    if not path.is_file():
-        return None
-    spans: dict[str, tuple[str, float, float | None]] = {}
-    for name, place, rest in _table(path):
+def _read_segments(folder: Path, recordings: Collection[str]) -> dict[str, _Span]:
+    spans = {}
+    for name, place, rest in _table(folder / "segments"):
         try:
             recording, first, last = rest.split()[:3]
             start, end = float(first), float(last)
         except ValueError:
-            raise UserError(f"{place}: found {rest[:80]!r}. Expected a recording, and its start and end.") from None
+            recording, start, end = "", math.nan, math.nan
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise UserError(f"{place}: found {rest[:80]!r}. Expected a recording, and its start and end in seconds.")
         if recording not in recordings:
             raise UserError(f"{place}: names the recording {recording!r}, which {folder / 'wav.scp'} does not.")
-        spans[name] = recording, start, None if end == _TO_THE_END else end
+        spans[name] = _Span(recording, place, start, None if end == _TO_THE_END else end)
     return spans
 
 
@@ -96,9 +100,8 @@ def _table(path: Path, may_be_empty: bool = False) -> list[tuple[str, str, str]]
     return list(rows.values())
 
 
-def _require_all(path: Path, utterances: Collection[str], found: Collection[str]) -> None:
-    missing = sorted(set(utterances) - set(found))
-    unknown = sorted(set(found) - set(utterances))
+def _require_same(path: Path, utterances: Collection[str], found: Collection[str]) -> None:
+    missing, unknown = sorted({*utterances} - {*found}), sorted({*found} - {*utterances})
     if missing:
         raise UserError(f"{path}: has no line for {some(missing)}. Expected one for each utterance.")
     if unknown:

@@ -6,6 +6,7 @@ channel stays where it is; others are cut out. Nothing here needs lhotse itself.
 
 import gzip
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def _supervisions(entry: Mapping[str, object], place: str) -> tuple[list[str], s
     if not isinstance(supervisions, list) or not supervisions or not all(isinstance(s, dict) for s in supervisions):
         raise UserError(f"{place}: key 'supervisions': found {supervisions!r:.80}. Expected one at least.")
     # Their times count from the cut's beginning, and may lie before it.
-    ordered = sorted(supervisions, key=lambda supervision: float(supervision.get("start") or 0))
+    ordered = sorted(supervisions, key=lambda supervision: seconds_at(supervision, "start", place, least=-math.inf))
     texts = [string_at(supervision, "text", place) for supervision in ordered]
     return texts, {string_at({"speaker": UNKNOWN_SPEAKER} | _stated(s), "speaker", place) for s in ordered}
 

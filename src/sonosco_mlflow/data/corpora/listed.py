@@ -154,15 +154,15 @@ def string_at(entry: Mapping[str, object], key: str, place: str) -> str:
     return value
 
 
-def seconds_at(entry: Mapping[str, object], key: str, place: str) -> float:
-    """Return the seconds under ``key``, 0 or more.
+def seconds_at(entry: Mapping[str, object], key: str, place: str, least: float = 0.0) -> float:
+    """Return the seconds under ``key``, ``least`` or more.
 
     Raises:
         UserError: there are none.
     """
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(f"{place}: key {key!r}: found {_found(entry, key)}. Expected seconds, 0 or more.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise UserError(f"{place}: key {key!r}: found {_found(entry, key)}. Expected seconds, {least:g} or more.")
     return float(value)
 
 

@@ -27,8 +27,7 @@ ADDRESS = (
 
 # The third release has another choice of talks, for experiments with adaptation, in folders of the same names.
 _FOLDER = r"(?:^|/)(?<!speaker-adaptation/)(?:data|(?P<split>train|dev|test))/"
-_STM = re.compile(rf"{_FOLDER}stm/(?P<talk>{PLAIN_NAME})\.stm$")
-_SPH = re.compile(rf"{_FOLDER}sph/(?P<talk>{PLAIN_NAME})\.sph$")
+_FILE = re.compile(rf"{_FOLDER}(?P<kind>stm|sph)/(?P<talk>{PLAIN_NAME})\.(?P=kind)$")
 _NOT_SPOKEN = "ignore_time_segment_in_scoring"
 _EXPECTED = "TED-LIUM in its original layout"
 
@@ -72,12 +71,18 @@ def bring(
 def _read_talks(place: Path) -> dict[_Talk, list[Segment]]:
     """Return what is said in each talk of which something is."""
     talks: dict[_Talk, list[Segment]] = {}
-    for member in members(place, _STM, _EXPECTED):
+    recordings: set[_Talk] = set()
+    for member in members(place, _FILE, _EXPECTED):
         talk = _talk(member.match)
+        if member.match["kind"] == "sph":
+            recordings.add(talk)
         # In the third release, legacy/train is data once more.
-        if talk not in talks:
+        elif talk not in talks:
             recording = Path(f"{talk[1]}.sph") if member.path is None else _beside(member.path)
             talks[talk] = _read_stm(member.text(), recording, member.place)
+    silent = sorted(name for _, name in recordings - talks.keys())
+    if silent:
+        raise UserError(f"{place}: has talks without a transcript (stm/*.stm): {some(silent)}. Fetch it anew.")
     return {talk: segments for talk, segments in talks.items() if segments}
 
 
@@ -116,8 +121,8 @@ def _read_stm(table: str, recording: Path, place: str) -> list[Segment]:
 def _recordings(place: Path, talks: dict[_Talk, list[Segment]]) -> Iterator[tuple[io.BytesIO, list[Segment]]]:
     """Yield each talk's recording as bytes, with what is to be cut out of it."""
     missing = dict(talks)
-    for member in members(place, _SPH, _EXPECTED):
-        segments = missing.pop(_talk(member.match), None)
+    for member in members(place, _FILE, _EXPECTED):
+        segments = missing.pop(_talk(member.match), None) if member.match["kind"] == "sph" else None
         if segments is not None:
             yield io.BytesIO(member.read()), segments
     if missing:
