@@ -54,7 +54,7 @@ def download_all(addresses: Sequence[str], progress: Progress) -> list[Path]:
             arrived until then is kept, and the next call goes on from there.
     """
     wanted = [_Wanted.read(address) for address in dict.fromkeys(addresses)]
-    tally = _Tally(progress)
+    tally = _Tally([file.address for file in wanted if not file.target.exists()], progress)
     with ThreadPoolExecutor(max_workers=_TOGETHER) as pool:
         tasks = [pool.submit(_bring, file, tally) for file in wanted]
         try:
@@ -139,17 +139,18 @@ class _Version:
 class _Tally:
     """Adds up how far several downloads are, and stops them all once one has failed."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, addresses: Sequence[str], progress: Progress) -> None:
         self.stopped = threading.Event()
         self._progress = progress
         self._lock = threading.Lock()
-        self._bytes: dict[str, tuple[int, int]] = {}
+        # Of what no size is known, more is to come than is here.
+        self._bytes = {address: (0, 1) for address in addresses}
 
     def count(self, address: str, here: int, total: int | None) -> None:
         with self._lock:
             if self.stopped.is_set():
                 raise UserError(f"{address}: stopped, because another download failed.")
-            self._bytes[address] = here, max(total or 0, here)
+            self._bytes[address] = here, here + 1 if total is None else max(total, here)
             self._progress(sum(here for here, _ in self._bytes.values()), sum(all for _, all in self._bytes.values()))
 
 

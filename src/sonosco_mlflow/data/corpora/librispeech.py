@@ -140,7 +140,8 @@ def _read(place: Path, found: Mapping[str, _Part], directory: Path, progress: Pr
             path = directory / "wav" / match["speaker"] / f"{match['id']}.flac"
             part.recordings[match["id"]] = member.lay(path)
             done += 1
-            progress(done, max(done, total))
+            if total:
+                progress(done, max(done, total))
         else:
             part.texts |= _read_transcripts(member.text(), member.place)
 
