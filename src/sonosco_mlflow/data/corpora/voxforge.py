@@ -45,8 +45,8 @@ def bring(
     """Bring VoxForge; see ``Corpus.bring``.
 
     ``source`` is a folder of archives, or of what they hold; an archive or its address; or the address of a page that
-    links to archives, which ends in "/". Without one it is the page of the English recordings at 16 kHz (about 6,000
-    archives, 10 GB). From archives, recordings go to ``directory/wav/<archive>/`` as they are.
+    links to archives, which ends in "/". Without one it is the page of the English recordings at 16 kHz, several
+    thousand archives. From archives, recordings go to ``directory/wav/<archive>/`` as they are.
 
     Users have sent what they had: prompts that nobody read, recordings without a prompt, empty files. These are named
     in ``left-out.txt``. An archive that is damaged, or a folder's recording that cannot be read, is refused instead.
