@@ -18,7 +18,7 @@ class Faults:
         length_error: Is added to each Content-Length.
         ignores_ranges: The whole file is sent, whatever was asked for.
         ignores_if_range: The rest is sent although the file is another one.
-        wrong_start: A 206 says that it begins elsewhere.
+        wrong_start: A 206 begins a byte too early, and says so.
         on_answer: Is called before each answer.
     """
 
@@ -89,11 +89,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.end_headers()
             return
+        start -= faults.wrong_start and start > 0
         rest = content[start:]
         self.send_response(206 if start else 200)
         if start:
-            told = start - 1 if faults.wrong_start else start
-            self.send_header("Content-Range", f"bytes {told}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if tag:
             self.send_header("ETag", tag)
         self.send_header("Content-Length", str(len(rest) + faults.length_error))

@@ -84,8 +84,9 @@ def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path: Path, member: int) -
         read(tmp_path / "x.tar")
 
 
-def test_what_is_damaged_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "x.tar.gz").write_bytes(KINDS["tar.gz"][:100])
+@pytest.mark.parametrize("content", [KINDS["tar.gz"][:100], b"no archive"])
+def test_what_is_damaged_is_said_in_one_line_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(content)
     with pytest.raises(UserError) as raised:
         read(tmp_path / "x.tar.gz")
     assert re.search(
@@ -143,11 +144,12 @@ def test_a_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
         read(tmp_path / "x.tar")
 
 
-def test_a_zip_that_holds_more_than_it_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [10, 1 << 21])
+def test_a_zip_that_holds_another_length_than_it_says(tmp_path: Path, said: int) -> None:
     content = zipped({"c/a.txt": bytes(1 << 20)})
     size = struct.pack("<I", 1 << 20)
     assert content.count(size) == 2
-    (tmp_path / "x.zip").write_bytes(content.replace(size, struct.pack("<I", 10)))
+    (tmp_path / "x.zip").write_bytes(content.replace(size, struct.pack("<I", said)))
     with pytest.raises(UserError, match="cannot be read as a zip archive"):
         read(tmp_path / "x.zip")
 

@@ -124,6 +124,8 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(tagged: FileServer, ignor
     tagged.faults.ignores_if_range = ignores
     change_after_the_first_answer(tagged, '"two"')
     assert fetch(tagged) == OTHER
+    # A server that understands the condition sends the whole at once.
+    assert tagged.ranges == [None, "bytes=500-", *([None] if ignores else [])]
 
 
 def test_a_file_that_changed_its_length_is_fetched_anew(tagged: FileServer) -> None:
@@ -151,6 +153,7 @@ def test_without_a_version_the_digest_tells(server: FileServer, tmp_path: Path) 
 def test_a_rest_that_begins_elsewhere_is_not_taken(tagged: FileServer) -> None:
     tagged.faults = Faults(cut=1, wrong_start=True)
     assert fetch(tagged) == CONTENT
+    assert tagged.ranges == [None, "bytes=500-", None]
 
 
 def test_a_download_stopped_before_its_renaming_is_recognised(tagged: FileServer) -> None:

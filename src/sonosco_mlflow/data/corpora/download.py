@@ -54,9 +54,10 @@ def download_all(addresses: Sequence[str], progress: Progress) -> list[Path]:
             arrived until then is kept, and the next call goes on from there.
     """
     wanted = [_Wanted.read(address) for address in dict.fromkeys(addresses)]
-    tally = _Tally([file.address for file in wanted if not file.target.exists()], progress)
+    missing = [file for file in wanted if not file.target.exists()]
+    tally = _Tally([file.address for file in missing], progress)
     with ThreadPoolExecutor(max_workers=_TOGETHER) as pool:
-        tasks = [pool.submit(_bring, file, tally) for file in wanted]
+        tasks = [pool.submit(_bring, file, tally) for file in missing]
         try:
             for task in as_completed(tasks):
                 task.result()
@@ -144,14 +145,18 @@ class _Tally:
         self._progress = progress
         self._lock = threading.Lock()
         # Of what no size is known, more is to come than is here.
-        self._bytes = {address: (0, 1) for address in addresses}
+        self._bytes = dict.fromkeys(addresses, (0, 1))
+        self._here, self._total = 0, len(self._bytes)
 
     def count(self, address: str, here: int, total: int | None) -> None:
         with self._lock:
             if self.stopped.is_set():
                 raise UserError(f"{address}: stopped, because another download failed.")
+            counted = self._bytes[address]
             self._bytes[address] = here, here + 1 if total is None else max(total, here)
-            self._progress(sum(here for here, _ in self._bytes.values()), sum(all for _, all in self._bytes.values()))
+            self._here += here - counted[0]
+            self._total += self._bytes[address][1] - counted[1]
+            self._progress(self._here, self._total)
 
 
 def _cache_folder() -> Path:
@@ -163,8 +168,6 @@ def _note(part: Path) -> Path:
 
 
 def _bring(wanted: _Wanted, tally: _Tally) -> None:
-    if wanted.target.exists():
-        return
     wanted.target.parent.mkdir(parents=True, exist_ok=True)
     part = wanted.target.with_name(f"{wanted.target.name}.part")
     with _alone_with(part) as file:
