@@ -1,4 +1,8 @@
 import hashlib
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +129,20 @@ def test_an_archive_that_breaks_off_among_the_talks_is_no_corpus(tmp_path: Path)
     with pytest.raises(UserError, match=r"ted\.tar: cannot be read as a tar archive .*delete it and fetch it anew"):
         bring_corpus("tedlium", tmp_path / "out", str(tmp_path / "ted.tar"))
     assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_a_kill_leaves_no_corpus_and_the_next_call_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "ted.tgz").write_bytes(tar(layout(8)))
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from sonosco_mlflow.data.corpora import bring_corpus\n"
+        "kill = lambda done, everything: done == 4 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "bring_corpus('tedlium', pathlib.Path(sys.argv[1]), sys.argv[2], progress=kill)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "killed"), str(tmp_path / "ted.tgz")]
+    environment = os.environ | {"PYTHONPATH": str(Path(tedlium.__file__).parents[3])}
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert {name.partition("/")[0] for name in contents(tmp_path / "killed")} == {"wav"}
+    for name in ("killed", "whole"):
+        bring_corpus("tedlium", tmp_path / name, str(tmp_path / "ted.tgz"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
