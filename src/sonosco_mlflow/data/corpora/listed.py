@@ -15,7 +15,7 @@ from pathlib import Path
 from sonosco_mlflow.data.corpora.base import Progress, some
 from sonosco_mlflow.data.corpora.segments import Segment, lay_segments, with_unique_ids
 from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, cut_missing
-from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError
 
 _LEVELS = 3
@@ -46,21 +46,18 @@ class ListFormat:
             UserError: no source; no lists, or none of that name; an utterance that cannot be had, or without a text.
         """
         lists = self._lists(source, parts)
-        split_of: dict[str, str] = {}
-        segments: list[Segment] = []
-        read = {split: [item for path in paths for item in self.read(path)] for split, paths in lists.items()}
-        unique = iter(with_unique_ids(segment for items in read.values() for segment in items))
-        for split, items in read.items():
-            for _ in items:
-                segment = next(unique)
-                segment = replace(segment, text=" ".join(segment.text.split()))
-                segments.append(segment)
-                split_of[segment.id] = split
+        read = [(split, item) for split, paths in lists.items() for path in paths for item in self.read(path)]
+        segments = [
+            replace(segment, text=" ".join(segment.text.split()))
+            for segment in with_unique_ids(segment for _, segment in read)
+        ]
         silent = [f"{segment.id} ({segment.place})" for segment in segments if not segment.text]
         if silent:
             raise UserError(f"data.source: these utterances have an empty text: {some(silent)}. Take them away.")
         laid = lay_segments(segments, directory, processes, progress)
-        given = {split: [laid[segment.id] for segment in segments if split_of[segment.id] == split] for split in lists}
+        given: dict[str, list[Utterance]] = {split: [] for split in lists}
+        for (split, _), segment in zip(read, segments, strict=True):
+            given[split].append(laid[segment.id])
         if not given.get("train"):
             raise UserError(f"data.source: {source} has no utterances to train on.")
         return {split: Manifest(utterances, directory) for split, utterances in cut_missing(given, source).items()}
