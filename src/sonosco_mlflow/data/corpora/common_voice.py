@@ -70,16 +70,14 @@ def bring(
     for clip in unusable:
         clips[clip].unlink()
     note_left_out(directory, [f"{clip}: is empty, or cannot be read as audio" for clip in unusable])
-    given = {
-        split: [
-            Utterance(row.clip, audio_filepath(path, directory), duration, row.text, row.speaker)
-            for row in rows
-            for path in [clips[row.clip]]
-            for duration in [durations[path]]
-            if duration is not None
-        ]
-        for split, rows in tables.items()
-    }
+    given: dict[str, list[Utterance]] = {split: [] for split in tables}
+    for split, rows in tables.items():
+        for row in rows:
+            path = clips[row.clip]
+            duration = durations[path]
+            if duration is not None:
+                audio = audio_filepath(path, directory)
+                given[split].append(Utterance(row.clip, audio, duration, row.text, row.speaker))
     return {split: Manifest(utterances, directory) for split, utterances in cut_missing(given, place).items()}
 
 

@@ -86,17 +86,13 @@ def bring(
     durations = read_durations(
         (path for part in found.values() for path in part.recordings.values()), processes, progress
     )
-    given = {
-        split: [
-            Utterance(
-                identifier, audio_filepath(path, directory), durations[path], found[name].texts[identifier], speaker
-            )
-            for name in chosen[split]
-            for identifier, path in found[name].recordings.items()
-            for speaker in [identifier.partition("-")[0]]
-        ]
-        for split in chosen
-    }
+    given: dict[str, list[Utterance]] = {split: [] for split in chosen}
+    for split, parts_of_split in chosen.items():
+        for name in parts_of_split:
+            texts = found[name].texts
+            for identifier, path in found[name].recordings.items():
+                audio, speaker = audio_filepath(path, directory), identifier.partition("-")[0]
+                given[split].append(Utterance(identifier, audio, durations[path], texts[identifier], speaker))
     where = source or "LibriSpeech"
     return {split: Manifest(utterances, directory) for split, utterances in cut_missing(given, where).items()}
 

@@ -75,8 +75,8 @@ def bring(
             left_out.append(f"{visit}: {name}: is empty, or cannot be read as audio")
             path.unlink()
         else:
-            place_in_manifest = audio_filepath(path, directory)
-            train.append(Utterance(f"{visit}-{name}", place_in_manifest, duration, text, _speaker(visit)))
+            audio = audio_filepath(path, directory)
+            train.append(Utterance(f"{visit}-{name}", audio, duration, text, _speaker(visit)))
     if not train:
         raise UserError(
             f"data.source: found no recordings with texts in {source or ADDRESS}. Expected archives or folders "
