@@ -65,18 +65,20 @@ def bring(
         progress(done, len(places))
     left_out: list[str] = []
     pairs = list(_pairs(visits, left_out))
-    kept = [path for path, _, _, _ in pairs if path.is_relative_to(directory)]
-    durations = try_durations(kept, processes, progress)
-    durations |= read_durations((path for path, _, _, _ in pairs if path not in durations), processes, progress)
+    unpacked = {path for visit in visits.values() for path in visit.recordings.values() if directory in path.parents}
+    durations = try_durations((path for path, _, _, _ in pairs if path in unpacked), processes, progress)
+    durations |= read_durations((path for path, _, _, _ in pairs if path not in unpacked), processes, progress)
     train = []
     for path, visit, name, text in pairs:
         duration = durations[path]
         if duration is None:
             left_out.append(f"{visit}: {name}: is empty, or cannot be read as audio")
-            path.unlink()
         else:
+            unpacked.discard(path)
             audio = audio_filepath(path, directory)
             train.append(Utterance(f"{visit}-{name}", audio, duration, text, _speaker(visit)))
+    for path in unpacked:
+        path.unlink()
     if not train:
         raise UserError(
             f"data.source: found no recordings with texts in {source or ADDRESS}. Expected archives or folders "
