@@ -44,6 +44,8 @@ def test_the_keys_that_people_rely_on_stand() -> None:
         ("schedule.epochs", "[3, 5]", [3, 5]),
         ("schedule.epochs", "[]", []),
         ("model.settings.dropout", "0.3", 0.3),
+        ("data.parts.train", "[a, b]", ["a", "b"]),
+        ("data.parts", "{train: [a]}", {"train": ["a"]}),
         ("model", "las", "las"),
         ("tracking.run_name", "no", "no"),
         ("tracking.run_name", "", ""),
@@ -94,6 +96,9 @@ def test_an_override_wins_over_the_recipe_which_wins_over_the_default() -> None:
         ("schedule.epochs", "[1, x]", "schedule.epochs.1: found 'x', expected integer"),
         ("training.epochs.x", "3", "training.epochs.x: unknown key; did you mean 'training.epochs'"),
         ("model.settings", "3", "model.settings: found 3, expected dictionary"),
+        ("data.parts", "3", "data.parts: found 3, expected dictionary"),
+        ("data.parts.train", "clean", "data.parts.train: found 'clean', expected list"),
+        ("data.parts.train", "[1]", "data.parts.train.0: found 1, expected string"),
         ("model.settings.a.b", "3", "model.settings.a: found {'b': 3}, expected a number, a text or a list"),
     ],
 )
@@ -225,6 +230,13 @@ def test_what_came_later_does_not_count_at_its_default() -> None:
         ("training.precision", "bfloat16"),
         ("augment.speeds", "[0.9, 1.0]"),
     }
+
+
+def test_the_parts_of_a_corpus_count_where_there_are_any() -> None:
+    parts = resolve(data__parts__train="[train-clean-5]")
+    assert decisive(parts.model_dump(mode="json"), is_recipe=True)["data.parts.train"] == '["train-clean-5"]'
+    assert parts.data_recipe["data"] == {"corpus": "default", "source": None, "parts": {"train": ["train-clean-5"]}}
+    assert Config().data_recipe["data"] == {"corpus": "default", "source": None, "parts": {}}
 
 
 def test_where_checkpoints_are_averaged_it_counts_which_there_are() -> None:

@@ -33,6 +33,9 @@ _NOT_YAML = (YAMLError, ValueError, RecursionError)
 # `mlflow run -P model=tds` is short for the key that people set most.
 ALIASES = {"model": "model.name"}
 
+# Sections whose keys are names of the reader's choice.
+_OPEN = ("model.settings.", "data.parts.")
+
 
 LanguageModelUnit = Literal["tokens", "words"]
 """What the n-grams of a language model are made of."""
@@ -45,14 +48,16 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What to train on and how to load it. ``corpus`` and ``source`` decide the data; the rest only how it is read.
+    """What to train on and how to load it. ``corpus``, ``source`` and ``parts`` decide the data.
 
+    ``parts`` names, for each split, the parts of a corpus that has any (``data.parts.train=[train-clean-5]``).
     ``sorta_grad`` has the first epoch go from short utterances to long ones. Features are computed in so many
     ``processes``, or on the ``cluster`` of dask's with this address.
     """
 
     corpus: str = "default"
     source: str | None = None
+    parts: dict[str, list[str]] = Field(default_factory=dict)
     frames_per_batch: Positive = 6000
     sorta_grad: bool = False
     workers: NotNegative = 0
@@ -310,7 +315,7 @@ class Config(Section):
     def data_recipe(self) -> dict[str, object]:
         """The part of the recipe that the data stages depend on."""
         return {
-            "data": {"corpus": self.data.corpus, "source": self.data.source},
+            "data": self.data.model_dump(mode="json", include={"corpus", "source", "parts"}),
             "features": self.features.model_dump(mode="json", exclude=self.features.idle),
             "tokenizer": self.tokenizer.model_dump(mode="json", include={"kind", "size"}),
         }
@@ -328,7 +333,7 @@ def valid_keys() -> list[str]:
 def _check_key(key: str) -> None:
     section = key.split(".")[0]
     keys = valid_keys()
-    if key in keys or key.startswith("model.settings."):
+    if key in keys or key.startswith(_OPEN):
         return
     if section in Config.model_fields:
         keys = [valid for valid in keys if valid.startswith(section + ".")]

@@ -13,7 +13,7 @@ from sonosco_mlflow.config import LanguageModelUnit
 @app.command(context_settings=RECIPE_KEYS)
 def corpus(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="default, an4 or folder; the recipe's by default.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The corpus (docs/corpora.md); the recipe's by default.")] = None,
     source: Annotated[str | None, typer.Option(help="Archive, folder or address of the corpus.")] = None,
     into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
     settings: Set = None,

@@ -33,13 +33,14 @@ def create(
     folder: Annotated[Path, typer.Argument(help="wav/x.wav with txt/x.txt, or x.txt beside x.flac.")],
     into: Into,
     prefix: Annotated[str, typer.Option(help="What each id begins with.")] = "",
+    processes: Processes = CPUS,
 ) -> None:
     """Make a manifest of a folder with recordings and their transcripts."""
     from sonosco_mlflow.console import stage_progress
     from sonosco_mlflow.data.manifest_tools.editing import create, write_new
 
     with stage_progress() as progress:
-        made = create(folder, into, prefix, lambda done, total: progress("recordings", done, total))
+        made = create(folder, into, prefix, processes, lambda done, total: progress("recordings", done, total))
     write_new(made, into)
     _say_written(into, made)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sonosco_mlflow.config import Config, Features
 from sonosco_mlflow.data.corpora import bring_corpus
-from sonosco_mlflow.data.corpora.base import SPLITS
+from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.vocabulary import make_tokenizer
@@ -77,6 +77,7 @@ def make_corpus(config: Config, folder: DataFolder, progress: Progress = _silent
         config.data.corpus,
         folder.corpus,
         source=config.data.source,
+        parts=config.data.parts or None,
         processes=config.data.processes,
         progress=lambda done, total: progress("corpus", done, total),
     )

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from ruamel.yaml import YAML
 
-from sonosco_mlflow.data.corpora.base import AUDIO_ELSEWHERE, SPLITS
+from sonosco_mlflow.data.corpora.base import AUDIO_ELSEWHERE
+from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.features import INDEX, FeatureStore, shard_name
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError

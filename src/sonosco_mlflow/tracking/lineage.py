@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from sonosco_mlflow.data.corpora.base import SPLITS
+from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.features import FeatureStore, files_digest
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest

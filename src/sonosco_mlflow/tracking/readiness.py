@@ -4,7 +4,8 @@ import json
 import tempfile
 from pathlib import PurePosixPath
 
-from sonosco_mlflow.data.corpora.base import SPLITS, changed_audio, some
+from sonosco_mlflow.data.corpora.base import changed_audio, some
+from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.pipeline import dvc, locked_stages, stage_outputs

@@ -13,7 +13,9 @@ SOURCES = Path(base.__file__).parents[3]
 
 
 def test_the_corpora_that_are_promised() -> None:
-    assert CORPORA == ("default", "an4", "folder")
+    published = ("an4", "librispeech", "tedlium", "voxforge", "common-voice")
+    lists = ("sonosco-csv", "nemo", "lhotse", "kaldi")
+    assert {*CORPORA} == {"default", "folder", *published, *lists}
 
 
 def test_an_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
@@ -21,11 +23,40 @@ def test_an_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
         bring_corpus("an5", tmp_path)
 
 
+WITHOUT_PARTS = ("default", "an4", "folder", "tedlium", "voxforge")
+
+
+@pytest.mark.parametrize("name", WITHOUT_PARTS)
+def test_a_corpus_without_parts_refuses_them_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.parts: found \{'train': \['x'\]\}, but .* is not made of parts"):
+        bring_corpus(name, tmp_path, source=None, parts={"train": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"trian": ["x"]}, r"data\.parts: found the split 'trian', did you mean 'train'\?"),
+        ({"dev": ["x"]}, r"data\.parts: names no part for train"),
+        ({"train": []}, r"data\.parts: names no part for train"),
+        ({"train": ["x"], "dev": ["y", "x"]}, r"data\.parts: found 'x' in train and in dev\. Expected each part once"),
+        ({"train": ["x", "x"]}, r"data\.parts: found 'x' in train and in train"),
+    ],
+)
+@pytest.mark.parametrize("name", CORPORA)
+def test_parts_that_make_no_splits_are_refused(
+    tmp_path: Path, name: str, parts: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        bring_corpus(name, tmp_path, parts=parts)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_neither_torch_nor_mlflow_is_imported() -> None:
     code = (
-        "import sys, sonosco_mlflow.data.corpora.embedded, sonosco_mlflow.data.corpora.an4\n"
-        "import sonosco_mlflow.data.corpora.folder\n"
-        "sys.exit(sorted({'torch', 'mlflow', 'espeakng_loader'} & set(sys.modules)) or 0)"
+        "import importlib, sys\n"
+        "from sonosco_mlflow.data.corpora.base import _MODULES\n"
+        "[importlib.import_module(name) for name in _MODULES.values()]\n"
+        "sys.exit(sorted({'torch', 'mlflow', 'espeakng_loader', 'lhotse'} & set(sys.modules)) or 0)"
     )
     finished = subprocess.run(
         [sys.executable, "-c", code],

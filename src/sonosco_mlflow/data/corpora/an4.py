@@ -9,17 +9,16 @@ Every ninth training speaker, from the fifth on in sorted order, is held out as 
 
 import io
 import re
-import tarfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import soundfile
 
+from sonosco_mlflow.data.corpora.archives import members
 from sonosco_mlflow.data.corpora.audio import SAMPLE_RATE, duration_of, write_wave
-from sonosco_mlflow.data.corpora.base import SPLITS, Progress, make_audio_folder, some
-from sonosco_mlflow.data.corpora.download import download
+from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder, some
+from sonosco_mlflow.data.corpora.download import download, has_digest
+from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, refuse_parts
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError
 
@@ -40,20 +39,23 @@ class _Entry:
     text: str
 
 
-def bring(directory: Path, source: str | None, processes: int, progress: Progress) -> dict[str, Manifest]:
+def bring(
+    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
+) -> dict[str, Manifest]:
     """Bring AN4 into ``directory/wav/<speaker>/<id>.wav``; see ``Corpus.bring``.
 
-    ``source`` is a folder, an archive, or an address, which may end in ``#sha256=<hexadecimal digest>``;
+    ``source`` is a folder, an archive, or an address, which may end in ``#sha256=<hexadecimal digest>`` or ``#md5=``;
     without one it is ``ADDRESS``. The numbers of utterances, 948 and 130, are checked unless a digest vouches
     for the content. Wav files keep their bytes; Sphere and raw ones become 16 bit wav.
 
     Raises:
         UserError: the source cannot be had, is no AN4, or is incomplete.
     """
+    refuse_parts(parts, "AN4")
     source = ADDRESS if source is None else source
     if "://" in source:
         archive = download(source, progress)
-        counts = None if "#sha256=" in source else _COUNTS
+        counts = None if has_digest(source) else _COUNTS
         return _read(archive, directory, counts, progress)
     return _read(Path(source).expanduser(), directory, _COUNTS, progress)
 
@@ -63,12 +65,12 @@ def _read(source: Path, directory: Path, counts: dict[str, int] | None, progress
     audio = make_audio_folder(directory)
     utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
     missing = dict(entries)
-    for match, content in _members(source, _AUDIO):
-        entry = missing.pop(match[1], None)
+    for member in members(source, _AUDIO, "AN4"):
+        entry = missing.pop(member.match[1], None)
         if entry is None:
             continue
         path = audio / entry.speaker / f"{entry.id}.wav"
-        _write_recording(path, content, match[2], f"{source}: {match[0]}")
+        _write_recording(path, member.read(), member.match[2], member.place)
         place = path.relative_to(directory).as_posix()
         utterances[entry.split].append(Utterance(entry.id, place, duration_of(path), entry.text, entry.speaker))
         progress(len(entries) - len(missing), len(entries))
@@ -80,7 +82,8 @@ def _read(source: Path, directory: Path, counts: dict[str, int] | None, progress
 def _read_tables(source: Path, counts: dict[str, int] | None) -> dict[str, _Entry]:
     """Return what the four tables under ``etc`` say, by the path that stands in the ``fileids``."""
     tables = {
-        (match[1], match[2]): content.decode("utf-8", errors="replace") for match, content in _members(source, _TABLE)
+        (table.match[1], table.match[2]): table.read().decode("utf-8", errors="replace")
+        for table in members(source, _TABLE, "AN4")
     }
     file_ids: dict[str, list[str]] = {}
     texts: dict[str, str] = {}
@@ -122,27 +125,6 @@ def _read_transcription(table: str, place: str) -> dict[str, str]:
         elif line.strip():
             raise UserError(f"{place}:{number}: found {line.strip()[:80]!r}. Expected '<s> WORDS </s> (id)'.")
     return texts
-
-
-def _members(source: Path, wanted: re.Pattern[str]) -> Iterator[tuple[re.Match[str], bytes]]:
-    """Yield the match and the content of each file, in a folder or archive, whose name is ``wanted``."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            match = wanted.search(path.relative_to(source).as_posix())
-            if match and path.is_file():
-                yield match, path.read_bytes()
-        return
-    if not source.is_file():
-        raise UserError(f"data.source: {source} is not there. Expected AN4 as a folder or a tar archive.")
-    try:
-        with tarfile.open(source) as archive:
-            for member in archive:
-                match = wanted.search(member.name)
-                file = archive.extractfile(member) if match and member.isfile() else None
-                if match and file:
-                    yield match, file.read()
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"{source}: cannot be read as a tar archive ({error}). Delete it and fetch it anew.") from error
 
 
 def _write_recording(path: Path, content: bytes, kind: str, place: str) -> None:

@@ -10,24 +10,33 @@ whole: they go first and are written last, so that what a killed process left is
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
+from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, check_parts
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError, nearest
-
-SPLITS = ("train", "dev", "test")
 
 _MODULES = {
     "default": "sonosco_mlflow.data.corpora.embedded",
     "an4": "sonosco_mlflow.data.corpora.an4",
     "folder": "sonosco_mlflow.data.corpora.folder",
+    "librispeech": "sonosco_mlflow.data.corpora.librispeech",
+    "tedlium": "sonosco_mlflow.data.corpora.tedlium",
+    "voxforge": "sonosco_mlflow.data.corpora.voxforge",
+    "common-voice": "sonosco_mlflow.data.corpora.common_voice",
+    "sonosco-csv": "sonosco_mlflow.data.corpora.sonosco_csv",
+    "nemo": "sonosco_mlflow.data.corpora.nemo",
+    "lhotse": "sonosco_mlflow.data.corpora.lhotse",
+    "kaldi": "sonosco_mlflow.data.corpora.kaldi",
 }
 CORPORA = tuple(_MODULES)
 AUDIO_ELSEWHERE = "audio.sha256"
 """Digests of the recordings that a corpus only points to."""
+LEFT_OUT = "left-out.txt"
+"""What a corpus as it was published has no use for, and why: one line each."""
 
 _MARKER = "MADE-BY-SONOSCO"
 
@@ -38,8 +47,13 @@ Progress = Callable[[int, int], None]
 class Corpus(Protocol):
     """A module of this package."""
 
-    def bring(self, directory: Path, source: str | None, processes: int, progress: Progress) -> dict[str, Manifest]:
+    def bring(
+        self, directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
+    ) -> dict[str, Manifest]:
         """Bring the corpus into ``directory``, which holds nothing of an earlier one; write no manifest.
+
+        A corpus that is made of parts takes those that ``parts`` names for each split, and its own choice for None;
+        any other refuses them (:func:`~sonosco_mlflow.data.corpora.splits.refuse_parts`).
 
         Returns:
             A manifest for each of "train", "dev" and "test". The same source gives the same bytes, whatever
@@ -55,6 +69,7 @@ def bring_corpus(
     name: str,
     directory: Path,
     source: str | None = None,
+    parts: Parts | None = None,
     processes: int = 2,
     progress: Progress | None = None,
 ) -> dict[str, Manifest]:
@@ -66,6 +81,7 @@ def bring_corpus(
         name: One of ``CORPORA``.
         directory: Where ``wav/``, ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` go; made if need be.
         source: A path or an address, where the corpus takes one.
+        parts: The names of the parts of each split, for a corpus that has parts; None is its own choice.
         processes: How many processes may work at once; it changes no byte.
         progress: Called with (done, all) now and then.
 
@@ -73,16 +89,18 @@ def bring_corpus(
         The manifests of "train", "dev" and "test", as they were written.
 
     Raises:
-        UserError: an unknown name, or a source that is missing, wrong or incomplete.
+        UserError: an unknown name, parts that there are not, or a source that is missing, wrong or incomplete.
     """
     if name not in _MODULES:
         raise UserError(f"data.corpus: found {name!r}, which is no corpus: {nearest(name, CORPORA)}")
+    if parts is not None:
+        check_parts(parts)
     directory = directory.resolve()
     _refuse_to_overwrite(source, directory)
     corpus = cast(Corpus, import_module(_MODULES[name]))
     directory.mkdir(parents=True, exist_ok=True)
     _clear(directory)
-    manifests = corpus.bring(directory, source, processes, progress or _show_nothing)
+    manifests = corpus.bring(directory, source, parts, processes, progress or _show_nothing)
     _refuse_overlap(manifests)
     _note_audio_elsewhere(directory, manifests)
     for split in SPLITS:
@@ -112,6 +130,13 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
+def note_left_out(directory: Path, lines: Iterable[str]) -> None:
+    """Write what the corpus in ``directory`` leaves out, if there is any."""
+    text = "".join(f"{line}\n" for line in sorted(lines))
+    if text:
+        (directory / LEFT_OUT).write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
 def _note_audio_elsewhere(directory: Path, manifests: dict[str, Manifest]) -> None:
     """Write the digests of recordings that stay where they are: by these, what is made of them follows a change.
 
@@ -139,7 +164,7 @@ def _digest(path: Path) -> str:
 
 
 def _clear(directory: Path) -> None:
-    for name in (*(f"{split}.jsonl" for split in SPLITS), AUDIO_ELSEWHERE):
+    for name in (*(f"{split}.jsonl" for split in SPLITS), AUDIO_ELSEWHERE, LEFT_OUT):
         (directory / name).unlink(missing_ok=True)
     audio = directory / "wav"
     if not (audio / _MARKER).is_file():

@@ -22,8 +22,9 @@ from sonosco_mlflow.data.corpora.audio import (
     trim_and_level,
     write_wave,
 )
-from sonosco_mlflow.data.corpora.base import SPLITS, Progress, make_audio_folder
+from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder
 from sonosco_mlflow.data.corpora.grammar import Line, Speaker, lines, speakers
+from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, refuse_parts
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError
 
@@ -32,14 +33,17 @@ _WORKER = Path(__file__).with_name("espeak_worker.py")
 _SAME_MATHEMATICS = {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4"}
 
 
-def bring(directory: Path, source: str | None, processes: int, progress: Progress) -> dict[str, Manifest]:
+def bring(
+    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
+) -> dict[str, Manifest]:
     """Speak the corpus into ``directory/wav/<speaker>/<id>.wav``, 16 kHz; see ``Corpus.bring``.
 
     Raises:
-        UserError: a source was given, the wheel is not installed, or espeak-ng fails.
+        UserError: a source or parts were given, the wheel is not installed, or espeak-ng fails.
     """
     if source is not None:
         raise UserError(f"data.source: found {source!r}, but the default corpus is made here and takes no source.")
+    refuse_parts(parts, "the default corpus")
     if find_spec("espeakng_loader") is None:
         raise UserError(
             "the default corpus needs espeak-ng, which is not installed: pip install 'sonosco-mlflow[corpus]'"

@@ -1,92 +1,74 @@
-"""Recordings in a folder, and their transcripts: ``wav/x.wav`` with ``txt/x.txt``, or ``x.txt`` beside ``x.flac``."""
+"""What the headers of recordings say, read by several threads: soundfile leaves Python to others meanwhile."""
 
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from sonosco_mlflow.data.corpora.audio import duration_of
 from sonosco_mlflow.data.corpora.base import Progress, some
-from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Utterance
 from sonosco_mlflow.errors import UserError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus")
-_NOT_TRANSCRIPTS = ("readme", "license", "licence", "copying", "notice")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def scan(folder: Path, prefix: str, progress: Progress) -> list[Utterance]:
-    """Return the utterances under ``folder``; an id is ``prefix`` and the path, "-" for "/", no suffix.
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], total: int, processes: int, progress: Progress
+) -> list[Result]:
+    """Return what ``function`` returns for each of the ``total`` items, in their order, ``processes`` of them at once.
 
-    Audio paths begin with ``folder``. A speaker is the name of the folder that a recording lies in, below ``folder``.
+    Items are taken only as they are needed, so that few of them are in memory. After the first error no other item is
+    begun, and the error is raised.
+    """
+    results: list[Result] = []
+    pending: deque[Future[Result]] = deque()
+
+    def collect() -> None:
+        results.append(pending.popleft().result())
+        progress(len(results), total)
+
+    with ThreadPoolExecutor(max_workers=processes) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * processes:
+                    collect()
+            while pending:
+                collect()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def audio_filepath(path: Path, directory: Path) -> str:
+    """Return how the manifests of the corpus in ``directory`` name a recording: inside it from there, else in full."""
+    return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
+
+
+def read_durations(recordings: Iterable[Path], processes: int, progress: Progress) -> dict[Path, float]:
+    """Return the duration of each recording in seconds.
 
     Raises:
-        UserError: audio without transcript or the reverse, an empty transcript, or audio that cannot be read; files are
-            named, the first five and their number.
+        UserError: some are empty or cannot be read as audio; the first five are named.
     """
-    separate = (folder / "wav").is_dir() and (folder / "txt").is_dir()
-    audio_root, text_root = (folder / "wav", folder / "txt") if separate else (folder, folder)
-    recordings = [path for path in sorted(audio_root.rglob("*")) if _is_recording(path)]
-    transcripts = {path: text_root / path.relative_to(audio_root).with_suffix(".txt") for path in recordings}
-    _refuse_unpaired(transcripts, text_root, separate)
-    texts = _read_transcripts(transcripts)
-    durations = read_durations(recordings, progress)
-    return [
-        Utterance(
-            id=prefix + "-".join(path.relative_to(audio_root).with_suffix("").parts),
-            audio_filepath=str(path),
-            duration=durations[path],
-            text=texts[path],
-            speaker=UNKNOWN_SPEAKER if path.parent == audio_root else path.parent.name,
-        )
-        for path in recordings
-    ]
-
-
-def _is_recording(path: Path) -> bool:
-    return path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _refuse_unpaired(transcripts: dict[Path, Path], text_root: Path, separate: bool) -> None:
-    without_text = [str(audio) for audio, transcript in transcripts.items() if not transcript.is_file()]
-    if without_text:
-        raise UserError(f"recordings without a transcript: {some(without_text)}. Expected a .txt of the same name.")
-    known = set(transcripts.values())
-    with_audio = {transcript.parent for transcript in known}
-    without_audio = [
-        str(path)
-        for path in sorted(text_root.rglob("*.txt"))
-        if path not in known and (separate or path.parent in with_audio) and path.stem.lower() not in _NOT_TRANSCRIPTS
-    ]
-    if without_audio:
-        raise UserError(
-            f"transcripts without a recording: {some(without_audio)}. "
-            f"Expected audio ({', '.join(AUDIO_SUFFIXES)}) of the same name."
-        )
-
-
-def _read_transcripts(transcripts: dict[Path, Path]) -> dict[Path, str]:
-    texts = {}
-    for audio, transcript in transcripts.items():
-        try:
-            texts[audio] = " ".join(transcript.read_text(encoding="utf-8-sig").split())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{transcript}: found bytes that are not UTF-8. Save it as UTF-8.") from error
-    empty = [str(transcripts[audio]) for audio, text in texts.items() if not text]
-    if empty:
-        raise UserError(f"empty transcripts: {some(empty)}. Write what is said, or take the recording away too.")
-    return texts
-
-
-def read_durations(recordings: list[Path], progress: Progress) -> dict[Path, float]:
-    """Return seconds by recording, from the headers.
-
-    Raises:
-        UserError: some cannot be read; they are named.
-    """
-    durations, unreadable = {}, []
-    for done, path in enumerate(recordings, start=1):
-        try:
-            durations[path] = duration_of(path)
-        except UserError:
-            unreadable.append(str(path))
-        progress(done, len(recordings))
+    durations = try_durations(recordings, processes, progress)
+    unreadable = [str(path) for path, duration in durations.items() if duration is None]
     if unreadable:
         raise UserError(f"recordings that are empty or cannot be read as audio: {some(unreadable)}.")
-    return durations
+    return {path: duration for path, duration in durations.items() if duration is not None}
+
+
+def try_durations(recordings: Iterable[Path], processes: int, progress: Progress) -> dict[Path, float | None]:
+    """Return the duration of each recording in seconds; None where it is empty or cannot be read as audio."""
+    paths = list(dict.fromkeys(recordings))
+    return dict(zip(paths, in_parallel(_try_duration, paths, len(paths), processes, progress), strict=True))
+
+
+def _try_duration(path: Path) -> float | None:
+    try:
+        return duration_of(path)
+    except UserError:
+        return None

@@ -1,8 +1,7 @@
 """Which utterances are held out: by a place that each name has of itself, so that new recordings move no old one."""
 
 import hashlib
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Utterance
 from sonosco_mlflow.errors import UserError
@@ -11,11 +10,14 @@ _SPEAKERS_TO_CUT_BY = 10
 _CUT_SHARES = {"dev": (0.0, 0.1), "test": (0.1, 0.2)}
 
 
-def cut_missing(given: dict[str, list[Utterance]], root: Path) -> dict[str, list[Utterance]]:
-    """Cut a tenth of "train" for each split that was not given.
+def cut_missing(given: Mapping[str, list[Utterance]], source: object) -> dict[str, list[Utterance]]:
+    """Cut a tenth of "train" for each of "dev" and "test" that is absent or empty.
 
     Where a group (a speaker, or an utterance where few speakers are known) goes depends on its own name
     alone, so that new recordings move no old one. Only a split that would stay empty takes the nearest group.
+
+    Raises:
+        UserError: there are too few groups; ``source`` is named.
     """
     missing = [split for split in _CUT_SHARES if not given.get(split)]
     train = given["train"]
@@ -24,7 +26,7 @@ def cut_missing(given: dict[str, list[Utterance]], root: Path) -> dict[str, list
     positions = {name: position(name) for name in (group_of(utterance, by_speaker) for utterance in train)}
     if missing and len(positions) <= len(missing):
         raise UserError(
-            f"data.source: {root} has {len(train)} utterances to train on, too few to cut "
+            f"data.source: {source} has {len(train)} utterances to train on, too few to cut "
             f"{' and '.join(missing)} from them. Add recordings, or give these splits."
         )
     splits = dict(given)

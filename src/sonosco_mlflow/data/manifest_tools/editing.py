@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from sonosco_mlflow.data.corpora.base import Progress, some
-from sonosco_mlflow.data.corpora.recordings import scan
+from sonosco_mlflow.data.corpora.scanning import scan
 from sonosco_mlflow.data.corpora.splitting import group_of, position
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.manifest_tools.rows import numbered_rows
@@ -51,7 +51,7 @@ def write_new(manifest: Manifest, path: Path) -> None:
     partial.replace(path)
 
 
-def create(folder: Path, into: Path, prefix: str, progress: Progress) -> Manifest:
+def create(folder: Path, into: Path, prefix: str, processes: int, progress: Progress) -> Manifest:
     """Return the manifest of a folder with recordings and transcripts, to be written to ``into``.
 
     Audio paths are relative where the recordings lie beside or below ``into``, so that both can be moved together, and
@@ -63,7 +63,7 @@ def create(folder: Path, into: Path, prefix: str, progress: Progress) -> Manifes
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder. Expected the folder with your recordings.")
     root = folder.resolve()
-    utterances = scan(root, prefix, progress)
+    utterances = scan(root, prefix, processes, progress)
     if not utterances:
         raise UserError(f"{folder}: no recordings. Expected wav/x.wav with txt/x.txt, or x.txt beside x.flac.")
     home = into.parent.resolve()
