@@ -84,7 +84,7 @@ def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path: Path, member: int) -
         read(tmp_path / "x.tar")
 
 
-@pytest.mark.parametrize("content", [KINDS["tar.gz"][:100], b"no archive"])
+@pytest.mark.parametrize("content", [KINDS["tar.gz"][:100], b"no archive"], ids=["cut off", "something else"])
 def test_what_is_damaged_is_said_in_one_line_with_what_to_do(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar.gz").write_bytes(content)
     with pytest.raises(UserError) as raised:
