@@ -45,7 +45,7 @@ def test_a_folder_becomes_a_manifest_that_moves_with_it(tmp_path: Path) -> None:
     record(tmp_path / "one" / "audio" / "s1" / "a.wav")
     record(tmp_path / "one" / "audio" / "b.flac")
     into = tmp_path / "one" / "all.jsonl"
-    made = create(tmp_path / "one" / "audio", into, "p-", silent)
+    made = create(tmp_path / "one" / "audio", into, "p-", 1, silent)
     write_new(made, into)
     shutil.move(tmp_path / "one", tmp_path / "two")
     manifest = Manifest.read(tmp_path / "two" / "all.jsonl")
@@ -58,15 +58,15 @@ def test_a_folder_becomes_a_manifest_that_moves_with_it(tmp_path: Path) -> None:
 
 def test_recordings_elsewhere_are_named_by_absolute_paths(tmp_path: Path) -> None:
     record(tmp_path / "audio" / "a.wav")
-    made = create(tmp_path / "audio", tmp_path / "lists" / "all.jsonl", "", silent)
+    made = create(tmp_path / "audio", tmp_path / "lists" / "all.jsonl", "", 1, silent)
     assert [u.audio_filepath for u in made] == [str(tmp_path / "audio" / "a.wav")]
 
 
 def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no recordings"):
-        create(tmp_path, tmp_path / "m.jsonl", "", silent)
+        create(tmp_path, tmp_path / "m.jsonl", "", 1, silent)
     with pytest.raises(UserError, match="none: is not a folder"):
-        create(tmp_path / "none", tmp_path / "m.jsonl", "", silent)
+        create(tmp_path / "none", tmp_path / "m.jsonl", "", 1, silent)
 
 
 def test_what_stands_there_is_kept_unless_it_is_the_same(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_by_default_it_cuts_as_the_folder_corpus_does(tmp_path: Path) -> None:
     for speaker in range(40):
         record(tmp_path / "source" / f"s{speaker}" / "a.wav")
     corpus = bring_corpus("folder", tmp_path / "corpus", source=str(tmp_path / "source"))
-    everything = create(tmp_path / "source", tmp_path / "m.jsonl", "", silent)
+    everything = create(tmp_path / "source", tmp_path / "m.jsonl", "", 1, silent)
     splits = split(everything, RATIOS, "speaker", 0)
     assert {name: [u.id for u in part] for name, part in splits.items()} == {
         name: [u.id for u in part] for name, part in corpus.items()

@@ -1,3 +1,4 @@
+import os
 import shutil
 import signal
 import subprocess
@@ -156,7 +157,8 @@ list(check_recordings([Path(sys.argv[1])], Expected(), 2, progress))
 def test_no_process_outlives_one_that_was_killed(tmp_path: Path, number: signal.Signals) -> None:
     path = write(tmp_path, **{f"n{i}": tone(pitch=100 + i) for i in range(20)})
     command = [sys.executable, "-c", PROGRAM, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         process.stdout.readline()
         children = psutil.Process(process.pid).children(recursive=True)
