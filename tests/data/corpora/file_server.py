@@ -35,7 +35,7 @@ class Faults:
 
 @dataclass
 class FileServer:
-    """What a server sends: bytes by path, with an ETag each where there is one, and what it was asked for."""
+    """What a server sends: bytes by path, with an ETag or a date each where there is one, and what it was asked for."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -94,8 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        if tag:
+        # RFC 9110, 15.3.7: a 206 that answers an If-Range leaves dates away.
+        if tag and tag.endswith('"'):
             self.send_header("ETag", tag)
+        elif tag and not start:
+            self.send_header("Last-Modified", tag)
         self.send_header("Content-Length", str(len(rest) + faults.length_error))
         self.end_headers()
         self.wfile.write(rest[: faults.limit] if is_cut else rest)

@@ -119,6 +119,27 @@ def change_after_the_first_answer(server: FileServer, tag: str | None) -> None:
     server.faults.cut = 1
 
 
+DATE, LATER = "Fri, 27 Nov 2026 08:00:00 GMT", "Sat, 28 Nov 2026 08:00:00 GMT"
+
+
+def test_a_date_is_a_version_and_a_weak_tag_is_none(tagged: FileServer, tmp_path: Path) -> None:
+    tagged.tags["/a.bin"] = DATE
+    tagged.faults.cut = 1
+    assert fetch(tagged) == CONTENT
+    assert tagged.ranges == [None, "bytes=500-"]
+    download(tagged.address("/a.bin"), show_nothing).unlink()
+    tagged.asked.clear()
+    change_after_the_first_answer(tagged, LATER)
+    assert fetch(tagged) == OTHER
+    assert tagged.ranges == [None, "bytes=500-"]
+    download(tagged.address("/a.bin"), show_nothing).unlink()
+    tagged.asked.clear()
+    tagged.tags["/a.bin"] = 'W/"one"'
+    tagged.faults = Faults(cut=1)
+    assert fetch(tagged) == OTHER
+    assert tagged.ranges == [None, None]
+
+
 @pytest.mark.parametrize("ignores", [False, True])
 def test_a_file_that_changed_meanwhile_is_fetched_anew(tagged: FileServer, ignores: bool) -> None:
     tagged.faults.ignores_if_range = ignores
@@ -274,9 +295,9 @@ versions = st.lists(st.integers(0, 2), min_size=12, max_size=12)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(story=st.lists(faults, max_size=12), versions=versions, has_tags=st.booleans())
+@given(story=st.lists(faults, max_size=12), versions=versions, tag=st.sampled_from(["", '"{}"', 'W/"{}"']))
 def test_whatever_happens_a_file_is_one_version_or_none(
-    server: FileServer, tmp_path: Path, story: list[Faults], versions: list[int], has_tags: bool
+    server: FileServer, tmp_path: Path, story: list[Faults], versions: list[int], tag: str
 ) -> None:
     """Each answer of the server is as wrong as the story has it, and of the version that it has."""
     contents = [CONTENT, OTHER, OTHER + b"longer"]
@@ -288,7 +309,7 @@ def test_whatever_happens_a_file_is_one_version_or_none(
         server.faults = replace(step, on_answer=tell)
         version = versions[turn] if turn < len(versions) else 0
         server.files["/a.bin"] = contents[version]
-        server.tags = {"/a.bin": f'"{version}"'} if has_tags else {}
+        server.tags = {"/a.bin": tag.format(version)}
 
     server.files["/a.bin"] = CONTENT
     server.faults = Faults(on_answer=tell)
