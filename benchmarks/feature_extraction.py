@@ -26,26 +26,26 @@ PINS = ["speechbrain==1.1.2", "lhotse==1.33.0", "kaldi-native-fbank==1.23.0", "l
 RATE, UTTERANCES, SECONDS = 16_000, 20, (2.0, 15.0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def in_environment(about: str, script: str, pins: list[str], measure: Callable[[int], str]) -> None:
+    """Print what `measure` says after so many rounds, in an environment of the project's pins and of `pins`."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="keeps the environment; by default a new one")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        print(beside_others(arguments.rounds))
-        print(over_processes(arguments.rounds))
+        print(measure(arguments.rounds))
         return
-    folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="feature-extraction-"))).resolve()
-    python = make_environment(folder / "environment", ["-r", str(REPOSITORY / "requirements.txt"), *PINS])
-    program = [str(python), __file__, "--inside", "--rounds", str(arguments.rounds)]
-    environment = {
-        "PYTHONPATH": str(REPOSITORY / "src"),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "PATH": "/usr/bin",
-    }
+    folder = (arguments.folder or Path(tempfile.mkdtemp(prefix=f"{Path(script).stem}-"))).resolve()
+    python = make_environment(folder / "environment", ["-r", str(REPOSITORY / "requirements.txt"), *pins])
+    program = [str(python), script, "--inside", "--rounds", str(arguments.rounds)]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(REPOSITORY / "src"), "PATH": "/usr/bin", **threads}
     sys.exit(subprocess.run(program, env=environment, check=False).returncode)
+
+
+def tables(rounds: int) -> str:
+    return beside_others(rounds) + "\n" + over_processes(rounds)
 
 
 def utterances() -> list:
@@ -196,4 +196,4 @@ def over_processes(rounds: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    in_environment(__doc__, __file__, PINS, tables)

@@ -9,35 +9,16 @@ each takes its turn, in an order that rotates; a ratio is taken within a round, 
 table gives the median of the rounds with the smallest and largest. The last row copies as many bytes in memory.
 """
 
-import argparse
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from resume_peers import REPOSITORY, make_environment
+from feature_extraction import in_environment
 
 PINS = ["lhotse==1.33.0", "lilcom==1.8.1", "h5py==3.14.0"]
 RATE, UTTERANCES, FRAMES_PER_BATCH = 16_000, 1000, 24_000
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="keeps the environment; by default a new one")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.inside:
-        print(table(arguments.rounds))
-        return
-    folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="feature-reading-"))).resolve()
-    python = make_environment(folder / "environment", ["-r", str(REPOSITORY / "requirements.txt"), *PINS])
-    program = [str(python), __file__, "--inside", "--rounds", str(arguments.rounds)]
-    environment = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
-    sys.exit(subprocess.run(program, env=environment, check=False).returncode)
 
 
 def table(rounds: int) -> str:
@@ -135,4 +116,4 @@ def timed(readers: dict, batches: list, features: dict, rounds: int) -> dict[str
 
 
 if __name__ == "__main__":
-    main()
+    in_environment(__doc__, __file__, PINS, table)
