@@ -10,7 +10,8 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -67,26 +68,26 @@ class Cluster:
             UserError: ``dask.distributed`` is not installed, or no scheduler answers.
         """
         try:
-            from distributed import Client
+            distributed = import_module("distributed")
         except ImportError as error:
             raise UserError(
                 f"data.cluster: found '{self.address}', but dask.distributed is not installed; install "
                 "'sonosco-mlflow[cluster]'"
             ) from error
         try:
-            client = Client(self.address, set_as_default=False, timeout=10)
+            client = distributed.Client(self.address, set_as_default=False, timeout=10)
         except (OSError, ValueError) as error:
             raise UserError(f"data.cluster: no scheduler of dask's answers at '{self.address}' ({error})") from error
         with client:
             most = _WAITING_FOR_EACH_CORE * max(sum(client.ncores().values()), 1)
-            waiting: deque[object] = deque()
+            waiting: deque[Any] = deque()
             for task in tasks:
                 # Not pure: dask would take equal tasks for one, and remember results.
                 waiting.append(client.submit(_on_one_thread, function, task, pure=False))
                 if len(waiting) >= most:
-                    yield waiting.popleft().result()  # type: ignore[attr-defined]
+                    yield waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()  # type: ignore[attr-defined]
+                yield waiting.popleft().result()
 
 
 def _start_worker() -> None:
