@@ -141,9 +141,12 @@ def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from sonosco_mlflow.data.manifest_tools.recordings import Expected, check_recordings
+
+# A shell that starts commands in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def progress(done, total):
     print(done, flush=True)
