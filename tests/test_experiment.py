@@ -787,7 +787,7 @@ def test_a_full_disk_fails_the_run(tone_manifest: Manifest, project: Path, monke
     assert [path.name for path in checkpoints_in(experiment.folder / "checkpoints")] == ["step-00000000"]
 
 
-# It leaves so quickly that its journal may not be in MLflow yet; then the one in the run's folder is taken, and that said.
+# It leaves so quickly that its journal may not be in MLflow yet; then the one in its folder is taken, and that is said.
 @pytest.mark.filterwarnings("ignore:the journal is taken from:UserWarning")
 def test_the_same_signal_twice_leaves_at_once_and_the_run_can_go_on(
     whole: Experiment, tone_manifest: Manifest, project: Path, tmp_path: Path
