@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 import torchaudio
 
-from sonosco_mlflow.data.corpora.base import some
+from sonosco_mlflow.data.corpora.base import file_digest, some
 from sonosco_mlflow.data.executors import Executor, Processes
 from sonosco_mlflow.data.features import INDEX, FeatureStore, shard_name
 from sonosco_mlflow.data.manifest import Manifest, Utterance
@@ -126,7 +126,7 @@ class _Extraction:
     processor: AudioDataProcessor
 
     def __call__(self, paths: Sequence[Path]) -> list[tuple[npt.NDArray[np.float32], str]]:
-        return [(self.processor(path).numpy(), _digest(path)) for path in paths]
+        return [(self.processor(path).numpy(), file_digest(path)) for path in paths]
 
 
 class _Work:
@@ -191,12 +191,7 @@ def _key(settings: str, utterances: Sequence[Utterance], digests: Sequence[str])
 
 
 def _digests(paths: Sequence[Path]) -> list[str]:
-    return [_digest(path) if path.exists() else "" for path in paths]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return [file_digest(path) if path.exists() else "" for path in paths]
 
 
 def _write(path: Path, content: Callable[[BinaryIO], object]) -> None:

@@ -143,7 +143,9 @@ def _note_audio_elsewhere(directory: Path, manifests: dict[str, Manifest]) -> No
     ``sha256sum --check`` reads the file.
     """
     paths = [manifest.audio_path(utterance) for manifest in manifests.values() for utterance in manifest]
-    lines = [f"{_digest(path)}  {path}\n" for path in sorted({*paths}) if not path.resolve().is_relative_to(directory)]
+    lines = [
+        f"{file_digest(path)}  {path}\n" for path in sorted({*paths}) if not path.resolve().is_relative_to(directory)
+    ]
     if lines:
         (directory / AUDIO_ELSEWHERE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
@@ -155,10 +157,11 @@ def changed_audio(directory: Path) -> list[str]:
         return []
     lines = noted.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     entries = [line.partition("  ") for line in lines if line]
-    return [name for digest, _, name in entries if not Path(name).is_file() or _digest(Path(name)) != digest]
+    return [name for digest, _, name in entries if not Path(name).is_file() or file_digest(Path(name)) != digest]
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
