@@ -77,6 +77,16 @@ def test_no_more_tasks_are_out_than_keep_the_workers_busy(scheduler: str, tmp_pa
     assert len(list(results)) == 39
 
 
+def taking_two_threads(number: int) -> int:
+    found = torch.get_num_threads()
+    torch.set_num_threads(2)
+    return found
+
+
+def test_a_task_on_a_cluster_has_one_thread_whatever_the_worker_had(scheduler: str) -> None:
+    assert list(Cluster(scheduler).map(taking_two_threads, range(6))) == [1] * 6
+
+
 def touched(path: Path) -> None:
     path.touch()
 
