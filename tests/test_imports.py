@@ -17,6 +17,7 @@ STOREYS = [
     *(
         "errors",
         "settings",
+        "sections",
         "config",
         "decisive",
         "console",

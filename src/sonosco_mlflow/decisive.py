@@ -1,14 +1,15 @@
 """Which settings decide the bits of a training's state: in these a run that goes on must not differ."""
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.settings import Scalar, flatten
 
 # What decides how a run goes on, but not a single bit of where it ends; the data's content has digests of its own.
-# Names of keys, and of sections.
+# Names of keys, and of sections; a star stands for any name.
 NOT_DECISIVE: tuple[str, ...] = (
-    "data.source",
+    "data.corpora.*.source",
     "data.workers",
     "data.processes",
     "data.cluster",
@@ -25,7 +26,7 @@ NOT_DECISIVE: tuple[str, ...] = (
 LATER = (
     *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
     *("augment.gain", "augment.pitch", "augment.shift", "augment.reverberation_share"),
-    *("features.kind", "features.n_mfcc", "data.parts"),
+    *("features.kind", "features.n_mfcc"),
     *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),
 )
 
@@ -52,4 +53,4 @@ def decisive(settings: Mapping[str, object], *, is_recipe: bool) -> dict[str, Sc
 
 
 def _is_among(key: str, names: Iterable[str]) -> bool:
-    return any(f"{key}.".startswith(f"{name}.") for name in names)
+    return any(fnmatchcase(key, name) or f"{key}.".startswith(f"{name}.") for name in names)

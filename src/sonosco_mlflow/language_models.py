@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sonosco_mlflow.config import Config, LanguageModelUnit
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.decoding.arpa import NGrams, write_arpa
@@ -10,6 +10,7 @@ from sonosco_mlflow.decoding.kneser_ney import train_ngrams
 from sonosco_mlflow.decoding.search import Search
 from sonosco_mlflow.decoding.symbols import digest_comment, token_symbols
 from sonosco_mlflow.recipe import build_search
+from sonosco_mlflow.sections import LanguageModelUnit
 from sonosco_mlflow.text import SpecialToken, Tokenizer
 from sonosco_mlflow.tracking.language_model import require_language_model
 from sonosco_mlflow.tracking.segments import Segment

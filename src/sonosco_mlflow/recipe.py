@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from sonosco_mlflow import metrics
-from sonosco_mlflow.config import Augment, Config, Decoding, Optimizer, Schedule
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.augment import Noise, SpecAugment, SpeedPerturbation, WaveformAugmentation
 from sonosco_mlflow.data.dataset import AudioDataset
-from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
+from sonosco_mlflow.data.features import FeatureStatistics
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder, make_processor
@@ -20,6 +20,7 @@ from sonosco_mlflow.decoding.words import WordLanguageModel
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models import build_model, model_settings
 from sonosco_mlflow.models.base import SpeechModel
+from sonosco_mlflow.sections import Augment, Decoding, Optimizer, Schedule
 from sonosco_mlflow.text import Tokenizer
 from sonosco_mlflow.tracking.secrecy import require_no_secrets
 from sonosco_mlflow.training.callbacks import (
@@ -108,7 +109,7 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
         Manifest.read(folder.manifest(split)),
         make_processor(config.features),
         read_tokenizer(folder.vocabulary),
-        store=FeatureStore(folder.store(split)),
+        store=folder.store(split),
         statistics=FeatureStatistics.read(folder.statistics),
         augmentation=_augmentation(config.augment) if training else None,
         waveform_augmentations=waveform_augmentations(config.augment, config.features.sample_rate) if training else (),

@@ -62,7 +62,9 @@ def train(
         return _continue(unfinished, config, project, (), prepare=prepare, results=results, until_step=until_step)
     name = config.tracking.run_name or f"{config.model.name}-{config.model.preset}-{config.data.corpus}"
     with Experiment.create(config, name=name, experiment=config.tracking.experiment, project=project) as experiment:
-        experiment.run.log_parameters({f"model.settings.{key}": value for key, value in settings.items()})
+        experiment.run.log_parameters(
+            {"data.corpus": config.data.corpus, **{f"model.settings.{key}": value for key, value in settings.items()}}
+        )
         folder = prepare_data(config, project) if prepare else _current_data(config, project)
         return _train(experiment, config, project, folder, results, until_step)
 

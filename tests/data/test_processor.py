@@ -8,7 +8,6 @@ import torch
 import torchaudio
 from hypothesis import example, given, settings
 
-from sonosco_mlflow.config import Features
 from sonosco_mlflow.data.processor import (
     WINDOWS,
     AudioDataProcessor,
@@ -18,6 +17,7 @@ from sonosco_mlflow.data.processor import (
 )
 from sonosco_mlflow.data.stages import make_processor
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.sections import Features
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 
 

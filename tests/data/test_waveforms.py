@@ -9,7 +9,6 @@ import soundfile
 import torch
 from torch import Tensor
 
-from sonosco_mlflow.config import Augment
 from sonosco_mlflow.data.augment import WaveformAugmentation
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.manifest import Manifest
@@ -17,6 +16,7 @@ from sonosco_mlflow.data.waveforms import Gain, Pitch, RecordedNoise, Reverberat
 from sonosco_mlflow.determinism import random_stream
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.recipe import waveform_augmentations
+from sonosco_mlflow.sections import Augment
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
 from toy import PROCESSOR, TOKENIZER
 

@@ -7,59 +7,87 @@ from typing import Annotated
 import typer
 
 from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Prepare, Set, app, read_recipe
-from sonosco_mlflow.config import LanguageModelUnit
+from sonosco_mlflow.config import Config
+from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.sections import LanguageModelUnit
+
+Name = Annotated[str | None, typer.Argument(help="One corpus of the recipe (data.corpora); all of them by default.")]
+Into = Annotated[Path, typer.Option(help="The data folder.")]
+DATA = Path("data")
 
 
 @app.command(context_settings=RECIPE_KEYS)
 def corpus(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="The corpus (docs/corpora.md); the recipe's by default.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A corpus of the recipe, or a kind of corpus (docs/corpora.md) in its place.")
+    ] = None,
     source: Annotated[str | None, typer.Option(help="Archive, folder or address of the corpus.")] = None,
-    into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
+    into: Into = DATA,
     settings: Set = None,
     params: Params = PARAMS,
 ) -> None:
-    """Bring a corpus: its audio, and a list of utterances a split."""
+    """Bring each corpus of the recipe, or one: its audio, and a list of utterances a split."""
     from sonosco_mlflow.console import stage_progress
     from sonosco_mlflow.data.stages import DataFolder, make_corpus
     from sonosco_mlflow.tracking.pipeline import require_watched
 
-    chosen = {key: value for key, value in {"data.corpus": name, "data.source": source}.items() if value is not None}
-    config = read_recipe(context, settings, params, chosen)
-    # By hand, nobody relies on being told when it is to be made again.
-    if "DVC_STAGE" in os.environ:
-        require_watched(config, Path())
-    with stage_progress() as progress:
-        make_corpus(config, DataFolder(into), progress)
+    own = name in Config.load(params).data.corpora
+    place = f"data.corpora.{name}.source" if own else "data.source"
+    given = {"data.corpus": None if own else name, place: source}
+    config = read_recipe(context, settings, params, {key: text for key, text in given.items() if text is not None})
+    for chosen in _corpora(config, name):
+        # By hand, nobody relies on being told when it is to be made again.
+        if "DVC_STAGE" in os.environ:
+            require_watched(config.data.corpora[chosen], Path())
+        with stage_progress() as progress:
+            make_corpus(config, chosen, DataFolder(into), progress)
 
 
 @app.command(context_settings=RECIPE_KEYS)
 def manifests(
-    context: typer.Context,
-    into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
-    settings: Set = None,
-    params: Params = PARAMS,
+    context: typer.Context, name: Name = None, into: Into = DATA, settings: Set = None, params: Params = PARAMS
 ) -> None:
-    """Write the manifests and the vocabulary of the corpus."""
+    """Write the manifests of each corpus."""
     from sonosco_mlflow.data.stages import DataFolder, make_manifests
 
-    make_manifests(read_recipe(context, settings, params), DataFolder(into))
+    for chosen in _corpora(read_recipe(context, settings, params), name):
+        make_manifests(chosen, DataFolder(into))
 
 
 @app.command(context_settings=RECIPE_KEYS)
 def features(
-    context: typer.Context,
-    into: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
-    settings: Set = None,
-    params: Params = PARAMS,
+    context: typer.Context, name: Name = None, into: Into = DATA, settings: Set = None, params: Params = PARAMS
 ) -> None:
-    """Extract the features of every split."""
+    """Extract the features of every split of each corpus."""
     from sonosco_mlflow.console import stage_progress
     from sonosco_mlflow.data.stages import DataFolder, make_features
 
     config = read_recipe(context, settings, params)
-    with stage_progress() as progress:
-        make_features(config, DataFolder(into), progress)
+    for chosen in _corpora(config, name):
+        with stage_progress() as progress:
+            make_features(config, chosen, DataFolder(into), progress)
+
+
+@app.command(context_settings=RECIPE_KEYS)
+def dataset(context: typer.Context, into: Into = DATA, settings: Set = None, params: Params = PARAMS) -> None:
+    """Put the corpora together: their manifests as one, the vocabulary, the statistics of the features."""
+    from sonosco_mlflow.data.stages import DataFolder, make_dataset
+    from sonosco_mlflow.tracking.data_lock import remove_former
+
+    config = read_recipe(context, settings, params)
+    if "DVC_STAGE" in os.environ:
+        remove_former(config, Path())
+    make_dataset(config, DataFolder(into))
+
+
+def _corpora(config: Config, name: str | None) -> list[str]:
+    names = list(config.data.corpora)
+    if name is None:
+        return names
+    if name not in names:
+        raise UserError(f"'{name}' is no corpus of the recipe; {nearest(name, names)}")
+    return [name]
 
 
 @app.command("language-model", context_settings=RECIPE_KEYS)

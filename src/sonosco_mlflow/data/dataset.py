@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sonosco_mlflow.data.augment import Augmentation, WaveformAugmentation
-from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore, files_digest
+from sonosco_mlflow.data.features import FeatureStatistics, StoredFeatures, files_digest
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.data.processor import AudioDataProcessor, read_audio, resampled_length
 from sonosco_mlflow.determinism import random_stream
@@ -64,7 +64,7 @@ class AudioDataset:
         processor: AudioDataProcessor,
         tokenizer: Tokenizer,
         *,
-        store: FeatureStore | None = None,
+        store: StoredFeatures | None = None,
         statistics: FeatureStatistics | None = None,
         augmentation: Augmentation | None = None,
         waveform_augmentations: Sequence[WaveformAugmentation] = (),
@@ -160,8 +160,8 @@ class AudioDataset:
         missing = [utterance.id for utterance in self.manifest if utterance.id not in self.store]
         if missing:
             raise UserError(
-                f"{self.store.directory}: {len(missing)} utterances of the manifest have no features, "
-                f"the first is '{missing[0]}'; bring them up to date with `dvc repro features`"
+                f"{self.store.place}: {len(missing)} utterances of the manifest have no features, "
+                f"the first is '{missing[0]}'; bring them up to date with `dvc repro dataset`"
             )
         return [self.store.frames(utterance.id) for utterance in self.manifest]
 

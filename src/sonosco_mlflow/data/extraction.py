@@ -92,12 +92,12 @@ def extract_features(
 
 def assign_shards(manifest: Manifest, processor: AudioDataProcessor, bytes_per_value: int) -> list[list[Utterance]]:
     """Cut ``manifest`` into shards of at most ``SHARD_BYTES`` each, by the durations it states."""
-    shards: list[list[Utterance]] = [[]]
+    shards: list[list[Utterance]] = []
     filled = 0
     for utterance in manifest:
         frames = processor.frames(round(utterance.duration * processor.sample_rate))
         size = frames * processor.size * bytes_per_value
-        if shards[-1] and filled + size > SHARD_BYTES:
+        if not shards or filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(utterance)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ class FeatureStatistics:
         self._deviation = torch.tensor(standard_deviation, dtype=torch.float32)
 
     @classmethod
-    def of(cls, store: "FeatureStore") -> Self:
+    def of(cls, store: "StoredFeatures") -> Self:
         """Compute the statistics of every frame in ``store``, in float64 and in the store's order."""
         total = np.zeros(store.n_mels)
         squares = np.zeros(store.n_mels)
@@ -71,9 +71,9 @@ class FeatureStatistics:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(content["mean"], content["standard_deviation"])
         except FileNotFoundError as error:
-            raise UserError(f"{path}: no feature statistics; `dvc repro features` makes them") from error
+            raise UserError(f"{path}: no feature statistics; `dvc repro dataset` makes them") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not feature statistics ({error}); `dvc repro features` makes them") from error
+            raise UserError(f"{path}: not feature statistics ({error}); `dvc repro dataset` makes them") from error
 
     def write(self, path: Path) -> None:
         """Write ``statistics.json``."""
@@ -83,6 +83,33 @@ class FeatureStatistics:
     def normalise(self, features: Tensor) -> Tensor:
         """Return ``features`` ``[frames, n_mels]`` with each band centred and scaled."""
         return (features - self._mean) / self._deviation
+
+
+class StoredFeatures(Protocol):
+    """Features on disk, by utterance."""
+
+    @property
+    def n_mels(self) -> int:
+        """Number of mel bands."""
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 over all files."""
+
+    @property
+    def place(self) -> str:
+        """Where they lie, for messages."""
+
+    def __contains__(self, utterance_id: str) -> bool: ...
+
+    def frames(self, utterance_id: str) -> int:
+        """Return the number of frames of an utterance."""
+
+    def read(self, utterance_id: str) -> npt.NDArray[np.floating[Any]]:
+        """Return the features ``[frames, n_mels]`` of an utterance as a view of the mapped file."""
+
+    def shards(self) -> Iterator[npt.NDArray[np.floating[Any]]]:
+        """Yield all features, many utterances at a time, ``[frames, n_mels]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +150,11 @@ class FeatureStore:
         self.__init__(state["directory"])  # type: ignore[misc]
 
     @property
+    def place(self) -> str:
+        """Where it lies."""
+        return str(self.directory)
+
+    @property
     def ids(self) -> list[str]:
         """The utterances, in the order in which they were stored."""
         return list(self._locations)
@@ -147,14 +179,17 @@ class FeatureStore:
 
     def shards(self) -> Iterator[npt.NDArray[np.floating[Any]]]:
         """Yield each shard ``[frames, n_mels]``."""
-        for shard in range(1 + max(location.shard for location in self._locations.values())):
+        for shard in range(self._shards):
             yield self._open(shard)
 
     @cached_property
     def digest(self) -> str:
         """Hexadecimal sha256 over all its files."""
-        shards = range(1 + max((location.shard for location in self._locations.values()), default=-1))
-        return files_digest(self.directory / name for name in (INDEX, *map(shard_name, shards)))
+        return files_digest(self.directory / name for name in (INDEX, *map(shard_name, range(self._shards))))
+
+    @property
+    def _shards(self) -> int:
+        return 1 + max((location.shard for location in self._locations.values()), default=-1)
 
     def _open_shard(self, shard: int) -> npt.NDArray[np.floating[Any]]:
         mapped: npt.NDArray[np.floating[Any]] = np.load(self.directory / shard_name(shard), mmap_mode="c")
@@ -171,7 +206,7 @@ class FeatureStore:
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(f"{path}:{number}: not a row of a feature index ({error})") from error
         except FileNotFoundError as error:
-            raise UserError(f"{path}: no features here; `dvc repro features` makes them") from error
+            raise UserError(f"{path}: no features here; `dvc repro dataset` makes them") from error
         return locations
 
 

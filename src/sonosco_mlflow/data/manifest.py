@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -81,6 +82,11 @@ class Manifest(Sequence[Utterance]):
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+    def seen_from(self, folder: Path) -> Iterator[Utterance]:
+        """Yield the utterances with audio paths that start from ``folder``, where they are relative."""
+        express = _from_folder(self.root, folder)
+        return (replace(utterance, audio_filepath=express(utterance.audio_filepath)) for utterance in self)
 
     def audio_path(self, utterance: Utterance) -> Path:
         """Return where the recording of ``utterance`` lies."""

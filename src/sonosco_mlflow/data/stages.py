@@ -1,27 +1,32 @@
-"""The three data stages, and where they put what they make.
+"""The data stages, and where they put what they make.
 
 ::
 
-    data/corpus/      {train,dev,test}.jsonl and the audio          (stage corpus)
-    data/manifests/   {train,dev,test}.jsonl, vocabulary.json       (stage manifests)
-    data/features/    {train,dev,test}/shard-*.npy, statistics.json (stage features)
+    data/corpora/NAME/    {train,dev,test}.jsonl and the audio                  (stage corpus, of each corpus)
+    data/manifests/NAME/  {train,dev,test}.jsonl                                (stage manifests, of each corpus)
+    data/features/NAME/   {train,dev,test}/shard-*.npy                          (stage features, of each corpus)
+    data/dataset/         {train,dev,test}.jsonl, vocabulary.json, statistics.json  (stage dataset, of all together)
 
-Each stage is a function of the recipe and of the folder of the stage before; DVC decides which must run.
+Each stage is a function of the recipe and of the folders of the stages before; DVC decides which must run.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sonosco_mlflow.config import Config, Features
+from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.corpora import bring_corpus
 from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.sections import Features
 from sonosco_mlflow.vocabulary import make_tokenizer
 
 if TYPE_CHECKING:
+    from sonosco_mlflow.data.joining import JoinedFeatures
     from sonosco_mlflow.data.processor import AudioDataProcessor
 
 Progress = Callable[[str, int, int], None]
@@ -37,90 +42,128 @@ class DataFolder:
 
     root: Path
 
-    @property
-    def corpus(self) -> Path:
-        """Audio, and one list of utterances a split."""
-        return self.root / "corpus"
+    def corpus(self, name: str) -> Path:
+        """Return the folder of a corpus: audio, and one list of utterances a split."""
+        return self.root / "corpora" / name
+
+    def manifests(self, name: str) -> Path:
+        """Return the folder with the manifests of a corpus."""
+        return self.root / "manifests" / name
+
+    def features(self, name: str) -> Path:
+        """Return the folder with a corpus's feature stores, one a split."""
+        return self.root / "features" / name
 
     @property
-    def manifests(self) -> Path:
-        """Checked manifests and the vocabulary."""
-        return self.root / "manifests"
-
-    @property
-    def features(self) -> Path:
-        """One feature store a split, and the training split's statistics."""
-        return self.root / "features"
+    def dataset(self) -> Path:
+        """All corpora as one, and what was learnt of their training split."""
+        return self.root / "dataset"
 
     @property
     def vocabulary(self) -> Path:
         """The tokenizer's file."""
-        return self.manifests / "vocabulary.json"
+        return self.dataset / "vocabulary.json"
 
     @property
     def statistics(self) -> Path:
         """Mean and standard deviation of the training features."""
-        return self.features / "statistics.json"
+        return self.dataset / "statistics.json"
 
     def manifest(self, split: str) -> Path:
         """Return the manifest of a split."""
-        return self.manifests / f"{split}.jsonl"
+        return self.dataset / f"{split}.jsonl"
 
-    def store(self, split: str) -> Path:
-        """Return the feature store of a split."""
-        return self.features / split
+    @property
+    def names(self) -> Path:
+        """The list of the corpora that the dataset is made of."""
+        return self.dataset / "corpora.json"
+
+    def corpora(self) -> list[str]:
+        """Read the names of the corpora that the dataset is made of.
+
+        Raises:
+            UserError: there is no dataset.
+        """
+        try:
+            names: list[str] = json.loads(self.names.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.dataset}: no dataset here; `dvc repro dataset` makes it") from error
+        return names
+
+    def store(self, split: str) -> "JoinedFeatures":
+        """Open the features of a split.
+
+        Raises:
+            UserError: there are none.
+        """
+        # torch takes seconds to import, and the first stages need none of it.
+        from sonosco_mlflow.data.features import FeatureStore
+        from sonosco_mlflow.data.joining import JoinedFeatures, prefixes
+
+        parts = prefixes(self.corpora())
+        return JoinedFeatures({prefix: FeatureStore(self.features(name) / split) for name, prefix in parts.items()})
 
 
-def make_corpus(config: Config, folder: DataFolder, progress: Progress = _silent) -> None:
-    """Bring the recipe's corpus into ``folder.corpus``."""
+def make_corpus(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> None:
+    """Bring a corpus of the recipe into its folder."""
+    corpus = config.data.corpora[name]
     bring_corpus(
-        config.data.corpus,
-        folder.corpus,
-        source=config.data.source,
-        parts=config.data.parts or None,
+        corpus.kind,
+        folder.corpus(name),
+        source=corpus.source,
+        parts=corpus.parts or None,
         processes=config.data.processes,
-        progress=lambda done, total: progress("corpus", done, total),
+        progress=partial(progress, f"corpus {name}"),
     )
 
 
-def make_manifests(config: Config, folder: DataFolder) -> None:
-    """Write the manifests of ``folder.corpus``, and the vocabulary of the training transcripts.
+def make_manifests(name: str, folder: DataFolder) -> None:
+    """Write the manifests of a corpus."""
+    for split in SPLITS:
+        Manifest.read(folder.corpus(name) / f"{split}.jsonl").write(folder.manifests(name) / f"{split}.jsonl")
+
+
+def make_features(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> None:
+    """Extract the features of every split of a corpus."""
+    from sonosco_mlflow.data.executors import Cluster, Processes
+    from sonosco_mlflow.data.extraction import extract_features
+
+    executor = Processes(config.data.processes) if config.data.cluster is None else Cluster(config.data.cluster)
+    for split in SPLITS:
+        extract_features(
+            Manifest.read(folder.manifests(name) / f"{split}.jsonl"),
+            make_processor(config.features),
+            folder.features(name) / split,
+            dtype=config.features.dtype,
+            executor=executor,
+            # Not below `features`: DVC empties that before the stage.
+            unfinished=folder.root / ".unfinished" / name / split,
+            progress=partial(progress, f"features of {name}, {split}"),
+        )
+
+
+def make_dataset(config: Config, folder: DataFolder) -> None:
+    """Put the corpora of the recipe together, with the vocabulary and the statistics of their training split.
 
     Raises:
         UserError: a split is empty, or there are more characters than there may be word pieces.
     """
-    folder.manifests.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        manifest = Manifest.read(folder.corpus / f"{split}.jsonl")
-        if not len(manifest):
-            raise UserError(f"{folder.corpus / split}.jsonl: the split has no utterances; all of {SPLITS} are needed")
-        manifest.write(folder.manifest(split))
-    train = Manifest.read(folder.manifest("train"))
-    texts = (utterance.text for utterance in train)
-    make_tokenizer(config.tokenizer.kind, config.tokenizer.size, texts).write(folder.vocabulary)
-
-
-def make_features(config: Config, folder: DataFolder, progress: Progress = _silent) -> None:
-    """Extract the features of every split, and the statistics of the training split."""
-    # torch takes seconds to import, and the other stages need none of it.
-    from sonosco_mlflow.data.executors import Cluster, Processes
-    from sonosco_mlflow.data.extraction import extract_features
     from sonosco_mlflow.data.features import FeatureStatistics
+    from sonosco_mlflow.data.joining import joined_manifest, prefixes
 
-    executor = Processes(config.data.processes) if config.data.cluster is None else Cluster(config.data.cluster)
+    parts = prefixes(list(config.data.corpora))
+    folder.dataset.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        store = extract_features(
-            Manifest.read(folder.manifest(split)),
-            make_processor(config.features),
-            folder.store(split),
-            dtype=config.features.dtype,
-            executor=executor,
-            # Not below `features`: DVC empties that before the stage.
-            unfinished=folder.root / ".unfinished" / split,
-            progress=lambda done, total, split=split: progress(f"features of {split}", done, total),  # type: ignore[misc]
-        )
-        if split == "train":
-            FeatureStatistics.of(store).write(folder.statistics)
+        paths = {name: folder.manifests(name) / f"{split}.jsonl" for name in parts}
+        joined = joined_manifest({parts[name]: Manifest.read(path) for name, path in paths.items()}, folder.dataset)
+        if not len(joined):
+            where = " and ".join(map(str, paths.values()))
+            raise UserError(f"{where}: the split has no utterances; all of {SPLITS} are needed")
+        joined.write(folder.manifest(split))
+    texts = (utterance.text for utterance in Manifest.read(folder.manifest("train")))
+    make_tokenizer(config.tokenizer.kind, config.tokenizer.size, texts).write(folder.vocabulary)
+    folder.names.write_text(json.dumps(list(parts)) + "\n", encoding="utf-8")
+    FeatureStatistics.of(folder.store("train")).write(folder.statistics)
 
 
 def make_processor(features: Features) -> "AudioDataProcessor":

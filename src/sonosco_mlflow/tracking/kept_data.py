@@ -19,12 +19,11 @@ from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.features import INDEX, FeatureStore, shard_name
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.data_lock import private_lock
 from sonosco_mlflow.tracking.pipeline import share_settings
 
-AUDIO = f"data/corpus/{AUDIO_ELSEWHERE}"
-MANIFESTS = "data/manifests"
-FEATURES = "data/features"
-VOCABULARY = f"{MANIFESTS}/vocabulary.json"
+DATASET = "data/dataset"
+VOCABULARY = f"{DATASET}/vocabulary.json"
 # More of them are not read: they may be large, and who changed so many has changed how all are made.
 _MOST_SHARDS = 4
 
@@ -43,6 +42,7 @@ class KeptData:
         workspace = scratch / "workspace"
         (workspace / ".dvc").mkdir(parents=True)
         share_settings(workspace, project.resolve())
+        lock = private_lock(lock)
         stages = YAML(typ="safe").load(lock)["stages"]
         self._outputs = [output["path"] for stage in stages.values() for output in stage["outs"]]
         for name, content in {"dvc.yaml": _without_inputs(stages), "dvc.lock": lock}.items():
@@ -86,15 +86,15 @@ class KeptData:
     def manifest(self, split: str) -> Manifest:
         """Return the manifest of a split."""
         path = self._scratch / f"{split}.jsonl"
-        path.write_bytes(self.read(f"{MANIFESTS}/{split}.jsonl"))
+        path.write_bytes(self.read(f"{DATASET}/{split}.jsonl"))
         return Manifest.read(path)
 
-    def features(self, split: str, shards: list[str]) -> FeatureStore:
-        """Return the features of a split, of which only those in ``shards`` can be read."""
-        folder = self._scratch / split
-        folder.mkdir(exist_ok=True)
+    def features(self, place: str, shards: list[str]) -> FeatureStore:
+        """Return the features in the folder ``place``, of which only those in ``shards`` can be read."""
+        folder = self._scratch / place
+        folder.mkdir(parents=True, exist_ok=True)
         for name in (INDEX, *shards):
-            (folder / name).write_bytes(self.read(f"{FEATURES}/{split}/{name}"))
+            (folder / name).write_bytes(self.read(f"{place}/{name}"))
         return FeatureStore(folder)
 
 
@@ -118,20 +118,22 @@ def kept_data_changes(one: KeptData, other: KeptData) -> list[str]:
         if one.digests.get(path) != other.digests.get(path) and PurePosixPath(path).name != INDEX
     }
     lines: list[str] = []
+    for path in sorted(path for path in changed if PurePosixPath(path).name == AUDIO_ELSEWHERE):
+        if path in one.digests and path in other.digests:
+            lines += _recording_changes(os.fsdecode(one.read(path)), os.fsdecode(other.read(path)))
+            changed.discard(path)
     for split in SPLITS:
-        path = f"{MANIFESTS}/{split}.jsonl"
+        path = f"{DATASET}/{split}.jsonl"
         if path in changed and path in one.digests and path in other.digests:
             lines += _manifest_changes(split, one.manifest(split), other.manifest(split))
-            changed -= {path, f"data/corpus/{split}.jsonl"}
-    for split in SPLITS:
-        shards = sorted(PurePosixPath(path).name for path in changed if path.startswith(f"{FEATURES}/{split}/shard-"))
-        if shards:
-            lines += _feature_changes(split, shards, one, other)
-            changed -= {f"{FEATURES}/{split}/{name}" for name in shards}
-    recordings = AUDIO in changed and AUDIO in one.digests and AUDIO in other.digests
-    if recordings:
-        lines = _recording_changes(os.fsdecode(one.read(AUDIO)), os.fsdecode(other.read(AUDIO))) + lines
-        changed.discard(AUDIO)
+            # It is made of these.
+            changed = {name for name in changed if PurePosixPath(name).name != f"{split}.jsonl"}
+    shards: dict[str, list[str]] = {}
+    for path in sorted(path for path in changed if PurePosixPath(path).match("data/features/*/*/shard-*")):
+        shards.setdefault(str(PurePosixPath(path).parent), []).append(PurePosixPath(path).name)
+    for place, names in shards.items():
+        lines += _feature_changes(place, names, one, other)
+        changed -= {f"{place}/{name}" for name in names}
     return lines + [f"{path}: {_kind(path, one, other)}" for path in sorted(changed)]
 
 
@@ -158,14 +160,13 @@ def _manifest_changes(split: str, one: Manifest, other: Manifest) -> list[str]:
     return lines
 
 
-def _feature_changes(split: str, shards: list[str], one: KeptData, other: KeptData) -> list[str]:
-    place = f"{FEATURES}/{split}"
+def _feature_changes(place: str, shards: list[str], one: KeptData, other: KeptData) -> list[str]:
     common = [name for name in shards if f"{place}/{name}" in one.digests and f"{place}/{name}" in other.digests]
     lines = [f"{place}/{name}: only one has it" for name in shards if name not in common]
     if len(common) > _MOST_SHARDS:
         return [*lines, f"{place}: {len(common)} shards have other bytes"]
     try:
-        was, now = one.features(split, common), other.features(split, common)
+        was, now = one.features(place, common), other.features(place, common)
         for name in common:
             here = [item for item in was.ids if shard_name(was.shard_of(item)) == name]
             shared = [item for item in here if item in now and shard_name(now.shard_of(item)) in common]

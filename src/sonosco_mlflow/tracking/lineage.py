@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Self
 
 from sonosco_mlflow.data.corpora.splits import SPLITS
-from sonosco_mlflow.data.features import FeatureStore, files_digest
+from sonosco_mlflow.data.features import files_digest
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.tracking.data_lock import lock_text, stage_outputs
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.pipeline import lock_text, stage_outputs
 from sonosco_mlflow.tracking.tags import DATA_DIGEST
 from sonosco_mlflow.vocabulary import read_tokenizer
 
@@ -49,7 +49,7 @@ class DataLineage:
         """
         manifests = {split: Manifest.read(folder.manifest(split)) for split in SPLITS}
         outputs = stage_outputs(folder)
-        contents = {} if outputs else {split: FeatureStore(folder.store(split)).digest for split in SPLITS}
+        contents = {} if outputs else {split: folder.store(split).digest for split in SPLITS}
         if recordings and not outputs:
             train = manifests["train"]
             contents["train recordings"] = files_digest(train.audio_path(utterance) for utterance in train)

@@ -8,7 +8,6 @@ that what is equal is made once, and the same remotes.
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import signal
@@ -25,8 +24,9 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.corpora import CORPORA
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.sections import Corpus
+from sonosco_mlflow.tracking.data_lock import CORPUS_STAGES, LAST_STAGE
 
-DATA_STAGES = ("corpus", "manifests", "features")
 STAGE_MESSAGE = "sonosco: "
 
 
@@ -41,10 +41,11 @@ def prepare_data(config: Config, project: Path) -> DataFolder:
         UserError: there is no pipeline here, no such corpus or source, or a stage failed; then the message is its own.
     """
     project = project.resolve()
-    if config.data.corpus not in CORPORA:
-        raise UserError(f"data.corpus: found '{config.data.corpus}', {nearest(config.data.corpus, CORPORA)}")
+    for name, corpus in config.data.corpora.items():
+        if corpus.kind not in CORPORA:
+            raise UserError(f"data.corpora.{name}.kind: found '{corpus.kind}', {nearest(corpus.kind, CORPORA)}")
     require_pipeline(project)
-    require_source(config, project)
+    require_sources(config, project)
     own = _is_own_recipe(config, project)
     workspace = project if own else workspace_of(config, project)
     with workspace_locked(workspace, project):
@@ -77,40 +78,48 @@ def require_pipeline(project: Path) -> None:
         raise UserError(f"{project}: no dvc.yaml here; run in the project's folder")
 
 
-def require_source(config: Config, project: Path) -> None:
-    """Return if the source of the corpus, where it is none on the web, exists.
+def require_sources(config: Config, project: Path) -> None:
+    """Return if the source of each corpus, where it is none on the web, exists.
 
     Raises:
-        UserError: it does not.
+        UserError: one does not.
     """
-    source = _local_source(config, project)
-    if source is not None and not source.exists():
-        raise UserError(
-            f"data.source: found '{config.data.source}', expected an archive or a folder; there is none of that name"
-        )
+    for name, corpus in config.data.corpora.items():
+        source = _local_source(corpus, project)
+        if source is not None and not source.exists():
+            raise UserError(
+                f"data.corpora.{name}.source: found '{corpus.source}', expected an archive or a folder; there is none "
+                "of that name"
+            )
 
 
-def require_watched(config: Config, project: Path) -> None:
-    """Return if DVC, which runs the stages in ``project``, sees a change inside the source of the corpus.
+def require_watched(corpus: Corpus, project: Path) -> None:
+    """Return if DVC, which runs the stages in ``project``, sees a change inside the source of a corpus.
 
     Raises:
         UserError: it does not: the stage does not name the source.
     """
-    source = _local_source(config, project)
+    source = _local_source(corpus, project)
     if source is None:
         return
-    stages = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    if source not in {(project / path).resolve() for path in stages["corpus"]["deps"]}:
+    stage = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["corpus"]
+    named = [path.replace("${item.source}", str(corpus.source)) for path in _commands(stage)["deps"]]
+    if source not in {(project / path).resolve() for path in named}:
         raise UserError(
-            f"{project / 'dvc.yaml'}: the stage corpus does not name '{config.data.source}' among its deps, and DVC "
-            f"would not see a changed recording; add the line `- {config.data.source}` to them"
+            f"{project / 'dvc.yaml'}: the stage corpus does not name '{corpus.source}' among its deps, and DVC would "
+            f"not see a changed recording; add the line `- {corpus.source}` to them, or, where every corpus has a "
+            "source here, `- ${item.source}`"
         )
 
 
-def _local_source(config: Config, project: Path) -> Path | None:
-    """Return the source of the corpus, or None where it is one on the web or needs none."""
-    source = config.data.source
-    return None if source is None or "://" in source else (project / source).resolve()
+def _commands(stage: Any) -> Any:
+    """Return what a stage of dvc.yaml does: of one that stands for many, what each of them does."""
+    return stage.get("do", stage)
+
+
+def _local_source(corpus: Corpus, project: Path) -> Path | None:
+    """Return the source of a corpus, or None where it is one on the web or needs none."""
+    return None if corpus.source is None or "://" in corpus.source else (project / corpus.source).resolve()
 
 
 def workspace_locked(workspace: Path, project: Path) -> AbstractContextManager[None]:
@@ -127,30 +136,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def stage_outputs(folder: DataFolder) -> dict[str, str]:
-    """Return DVC's digest of each data output, by its path below the workspace, as ``dvc.lock`` states it."""
-    return {output["path"]: output["md5"] for stage in locked_stages(folder).values() for output in stage["outs"]}
-
-
-def lock_text(folder: DataFolder) -> str | None:
-    """Return the ``dvc.lock`` of the data stages alone, by which DVC can bring the data again, or None without one."""
-    stages = locked_stages(folder)
-    if not stages:
-        return None
-    text = io.StringIO()
-    YAML().dump({"schema": "2.0", "stages": stages}, text)
-    return text.getvalue()
-
-
-def locked_stages(folder: DataFolder) -> dict[str, Any]:
-    """Return what ``dvc.lock`` says of each data stage; nothing of one that has not been run."""
-    lock = folder.root.parent / "dvc.lock"
-    if not lock.exists():
-        return {}
-    stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-    return {stage: stages[stage] for stage in DATA_STAGES if stage in stages}
-
-
 def _is_own_recipe(config: Config, project: Path) -> bool:
     # Outside git the project itself is no DVC repository, and the private workspace serves.
     return _inside_git(project) and Config.load(project / "params.yaml").data_recipe == config.data_recipe
@@ -162,9 +147,10 @@ def _inside_git(project: Path) -> bool:
 
 def _absolute(config: Config, project: Path) -> dict[str, Any]:
     recipe: dict[str, Any] = json.loads(json.dumps(config.data_recipe))
-    source = _local_source(config, project)
-    if source is not None:
-        recipe["data"]["source"] = str(source)
+    for name, corpus in config.data.corpora.items():
+        source = _local_source(corpus, project)
+        if source is not None:
+            recipe["data"]["corpora"][name]["source"] = str(source)
     return recipe
 
 
@@ -181,14 +167,30 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
     recipe["data"] |= {"processes": config.data.processes, "cluster": config.data.cluster}
     yaml = YAML()
     stages = yaml.load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    chosen = {name: stages[name] for name in DATA_STAGES}
-    # The source of the project's own recipe is none of this one's.
-    code_of = [path for path in stages["corpus"]["deps"] if Path(path).parts[0] == "src"]
-    source = _local_source(config, project)
-    chosen["corpus"]["deps"] = code_of if source is None else [*code_of, str(source)]
-    for name, content in {"dvc.yaml": {"stages": chosen}, "params.yaml": recipe}.items():
-        with (workspace / name).open("w", encoding="utf-8") as file:
+    chosen = {LAST_STAGE: stages[LAST_STAGE]}
+    for name, corpus in config.data.corpora.items():
+        for stage in CORPUS_STAGES:
+            chosen[f"{stage}-{name}"] = _of_corpus(_commands(stages[stage]), name)
+        # The sources of the project's own recipe are none of this one's.
+        code_of = [path for path in chosen[f"corpus-{name}"]["deps"] if Path(path).parts[0] == "src"]
+        source = _local_source(corpus, project)
+        chosen[f"corpus-{name}"]["deps"] = code_of if source is None else [*code_of, str(source)]
+    for file_name, content in {"dvc.yaml": {"stages": chosen}, "params.yaml": recipe}.items():
+        with (workspace / file_name).open("w", encoding="utf-8") as file:
             yaml.dump(content, file)
+
+
+def _of_corpus(part: Any, name: str) -> Any:
+    """Return a part of a stage that DVC has stand for each corpus, as it is for the corpus ``name``."""
+    match part:
+        case str():
+            return part.replace("${key}", name)
+        case dict():
+            return {key: _of_corpus(value, name) for key, value in part.items()}
+        case list():
+            return [_of_corpus(value, name) for value in part]
+        case _:
+            return part
 
 
 def share_settings(workspace: Path, project: Path) -> None:
@@ -257,7 +259,7 @@ def reproduce(workspace: Path) -> None:
     """
     # The stages name `python`: it must be the one that runs now, wherever DVC was called from.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    command = [sys.executable, "-m", "dvc", "repro", *DATA_STAGES]
+    command = [sys.executable, "-m", "dvc", "repro", LAST_STAGE]
     said = ""
     # DVC tells of its doings on stdout; errors, and the stages' own progress, come on stderr. Its process group is its
     # own, because a stage outlives a DVC that is killed alone.
@@ -285,6 +287,6 @@ def reproduce(workspace: Path) -> None:
     if process.returncode != 0:
         raise UserError(
             said
-            or f"the data could not be brought up to date: `dvc repro {' '.join(DATA_STAGES)}` in {workspace} "
+            or f"the data could not be brought up to date: `dvc repro {LAST_STAGE}` in {workspace} "
             f"ended with status {process.returncode}; its message stands above"
         )

@@ -6,11 +6,13 @@ from pathlib import PurePosixPath
 
 from sonosco_mlflow.data.corpora.base import changed_audio, some
 from sonosco_mlflow.data.corpora.splits import SPLITS
+from sonosco_mlflow.data.features import INDEX
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.pipeline import dvc, locked_stages, stage_outputs
+from sonosco_mlflow.tracking.data_lock import locked_stages, stage_outputs
+from sonosco_mlflow.tracking.pipeline import dvc
 
-_MEND = "`dvc repro features` makes them anew"
+_MEND = "`dvc repro dataset` makes them anew"
 
 
 def require_current(folder: DataFolder) -> None:
@@ -21,17 +23,21 @@ def require_current(folder: DataFolder) -> None:
             message names it and says what to do.
     """
     stages = locked_stages(folder)
-    if "features" not in stages:
-        _require_newer_features(folder)
+    if not stages:
+        _require_newer(folder)
         return
     outputs = stage_outputs(folder)
-    older = [
-        dependency["path"]
-        for dependency in stages["features"]["deps"]
+    older = {
+        name: dependency["path"]
+        for name, stage in stages.items()
+        for dependency in stage["deps"]
         if outputs.get(dependency["path"], dependency["md5"]) != dependency["md5"]
-    ]
+    }
     if older:
-        raise UserError(f"{folder.features}: the features are of other {' and '.join(older)} than lie there; {_MEND}")
+        raise UserError(
+            f"{folder.root}: {some([f'{name} was made of another {path}' for name, path in older.items()])} than lies "
+            f"there; {_MEND}"
+        )
     changed = changed_files(folder)
     if changed is None:
         raise UserError(
@@ -50,13 +56,14 @@ def require_recordings(folder: DataFolder) -> None:
     Raises:
         UserError: some are gone or have other bytes; the message names them.
     """
-    changed = changed_audio(folder.corpus)
-    if changed:
-        raise UserError(
-            f"{folder.corpus}: the recordings are not those that it was made of: {some(changed)}; put them back, or "
-            "have the data made again (`sonosco data`), which is other data: a run that goes on with it needs "
-            "--allow-data-change"
-        )
+    for name in folder.corpora():
+        changed = changed_audio(folder.corpus(name))
+        if changed:
+            raise UserError(
+                f"{folder.corpus(name)}: the recordings are not those that it was made of: {some(changed)}; put them "
+                "back, or have the data made again (`sonosco data`), which is other data: a run that goes on with it "
+                "needs --allow-data-change"
+            )
 
 
 def changed_files(folder: DataFolder, *, afresh: bool = False) -> list[str] | None:
@@ -78,12 +85,14 @@ def changed_files(folder: DataFolder, *, afresh: bool = False) -> list[str] | No
     return sorted(name for name in names if not any(other != name and _is_below(other, name) for other in names))
 
 
-def _require_newer_features(folder: DataFolder) -> None:
+def _require_newer(folder: DataFolder) -> None:
     # Made by the verbs one by one, without DVC: then only the clock knows.
     for split in SPLITS:
-        features, manifest = folder.store(split) / "index.jsonl", folder.manifest(split)
-        if features.exists() and manifest.exists() and features.stat().st_mtime < manifest.stat().st_mtime:
-            raise UserError(f"{folder.store(split)}: the features are older than {manifest}; {_MEND}")
+        for name in folder.corpora():
+            manifest, features = folder.manifests(name) / f"{split}.jsonl", folder.features(name) / split / INDEX
+            for made, of in ((features, manifest), (folder.manifest(split), manifest), (folder.statistics, features)):
+                if made.exists() and of.exists() and made.stat().st_mtime < of.stat().st_mtime:
+                    raise UserError(f"{made}: is older than {of}, of which it is made; {_MEND}")
 
 
 def _path(entry: object) -> str:

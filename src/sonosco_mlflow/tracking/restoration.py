@@ -12,16 +12,16 @@ from pathlib import Path
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.data_lock import private_lock, stage_outputs
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.pipeline import (
-    DATA_STAGES,
     dvc,
     make_private,
     ready_data,
     remotes,
     reproduce,
     require_pipeline,
-    require_source,
+    require_sources,
     workspace_locked,
     workspace_of,
 )
@@ -63,7 +63,7 @@ def restore_data(
             return folder
         make_private(workspace, config, project)
         if lock is not None:
-            (workspace / "dvc.lock").write_text(lock, encoding="utf-8")
+            (workspace / "dvc.lock").write_text(private_lock(lock), encoding="utf-8")
             for _ in fetch_data(workspace):
                 if holds(folder, expected):
                     return folder
@@ -81,7 +81,7 @@ def restore_data(
 
 def _make_again(workspace: Path, config: Config, project: Path) -> None:
     try:
-        require_source(config, project)
+        require_sources(config, project)
         reproduce(workspace)
     except UserError as error:
         raise UserError(
@@ -108,7 +108,7 @@ def fetch_data(workspace: Path) -> Iterator[None]:
     pulls = [["pull", "--force", "--remote", remote] for remote in remotes(workspace)]
     for command in (["checkout", "--force"], *pulls):
         print(f"bringing the data of the run: dvc {' '.join(command)}", file=sys.stderr, flush=True)
-        dvc(workspace, *command, *DATA_STAGES)
+        dvc(workspace, *command, *stage_outputs(DataFolder(workspace / "data")))
         _require_sound(workspace)
         yield
 

@@ -5,7 +5,6 @@ again.
 """
 
 import filecmp
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -86,15 +85,12 @@ def merge(paths: Sequence[Path], into: Path) -> Manifest:
     origin: dict[str, Path] = {}
     twice: list[tuple[str, Path]] = []
     for path in paths:
-        manifest = read(path)
-        folder = os.path.relpath(manifest.root, home)
-        for utterance in manifest:
+        for utterance in read(path).seen_from(home):
             if utterance.id in merged:
                 twice.append((utterance.id, path))
                 continue
             origin[utterance.id] = path
-            place = os.path.normpath(os.path.join(folder, utterance.audio_filepath))  # noqa: PTH118
-            merged[utterance.id] = replace(utterance, audio_filepath=Path(place).as_posix())
+            merged[utterance.id] = utterance
     if twice:
         # Lines are looked up for as many as the message names.
         names = [f"{name!r} in {_place(origin[name], name)} and {_place(path, name)}" for name, path in twice[:5]]
