@@ -15,14 +15,15 @@ from mlflow.entities import Run
 from ruamel.yaml import YAML
 
 from sonosco_mlflow.config import Config
-from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_features, make_manifests
+from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_dataset, make_features, make_manifests
 from toy import tone_corpus, tone_texts
 
 PATIENCE = 240.0
 REPOSITORY = Path(__file__).parents[1]
+DATA_STAGES = ("corpus", "manifests", "features", "dataset")
 FILES = ("MLproject", "python_env.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "requirements.txt")
 RECIPE = {
-    "data": {"corpus": "folder", "source": "tones", "frames_per_batch": 400},
+    "data": {"corpora": {"tones": {"kind": "folder", "source": "tones", "parts": {}}}, "frames_per_batch": 400},
     "features": {"n_mels": 8},
     "model": {
         "name": "deepspeech2",
@@ -50,7 +51,7 @@ def make_project(folder: Path, utterances: int = 30) -> Path:
     with (folder / "params.yaml").open("w") as file:
         YAML().dump(recipe, file)
     stages = YAML().load((folder / "dvc.yaml").read_text(encoding="utf-8"))
-    stages["stages"]["corpus"]["deps"].append("tones")
+    stages["stages"]["corpus"]["do"]["deps"].append("${item.source}")
     with (folder / "dvc.yaml").open("w") as file:
         YAML().dump(stages, file)
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "first"]):
@@ -63,19 +64,26 @@ def make_data(project: Path) -> Path:
     config, data = Config.load(project / "params.yaml"), DataFolder(project / "data")
     # Paths of a recipe start from the current folder.
     with contextlib.chdir(project):
-        make_corpus(config, data)
-        make_manifests(config, data)
-        make_features(config, data)
+        for name in config.data.corpora:
+            make_corpus(config, name, data)
+        make_after_corpus(config, data)
     return project
+
+
+def make_after_corpus(config: Config, data: DataFolder) -> None:
+    """Make of corpora that lie there what training needs, as the stages do, in this process."""
+    for name in config.data.corpora:
+        make_manifests(config, name, data)
+        make_features(config, name, data)
+    make_dataset(config, data)
 
 
 def move_corpus(project: Path, folder: Path) -> None:
     """Let the project's corpus lie in ``folder``: it is no part of the repository, whose snapshot would keep it."""
     (project / "tones").rename(folder)
-    for name, old in {"params.yaml": "source: tones", "dvc.yaml": "- tones"}.items():
-        text = (project / name).read_text()
-        assert old in text
-        (project / name).write_text(text.replace(old, old.replace("tones", str(folder))))
+    text = (project / "params.yaml").read_text()
+    assert "source: tones" in text
+    (project / "params.yaml").write_text(text.replace("source: tones", f"source: {folder}"))
 
 
 def run(

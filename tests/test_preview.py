@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from project import make_after_corpus
 from sonosco_mlflow.config import Config
-from sonosco_mlflow.data.stages import DataFolder, make_features, make_manifests
+from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.preview import preview_augmentation
 from toy import tone_corpus, tone_texts
@@ -18,10 +19,9 @@ RECIPE = {"features": {"n_mels": 8}, "data": {"processes": 1}, "augment": {"spee
 def folder(tmp_path: Path) -> DataFolder:
     folder = DataFolder(tmp_path / "data")
     for split in ("train", "dev", "test"):
-        tone_corpus(folder.corpus, tone_texts(5)).write(folder.corpus / f"{split}.jsonl")
+        tone_corpus(folder.corpus("default"), tone_texts(5)).write(folder.corpus("default") / f"{split}.jsonl")
     config = Config.resolve(RECIPE, {})
-    make_manifests(config, folder)
-    make_features(config, folder)
+    make_after_corpus(config, folder)
     return folder
 
 
@@ -32,7 +32,7 @@ def test_each_epoch_is_a_sound_and_all_are_in_one_picture(folder: DataFolder, tm
         f"{name}{suffix}" for name in names for suffix in (".wav", "-epoch-0.wav", "-epoch-1.wav", ".png")
     ]
     plain, first, _, picture = written[:4]
-    original = soundfile.read(folder.corpus / "tone-000.wav", dtype="int16")[0]
+    original = soundfile.read(folder.corpus("default") / "tone-000.wav", dtype="int16")[0]
     assert (soundfile.read(plain, dtype="int16")[0] == original).all()
     slow = soundfile.read(first)[0]
     assert len(slow) == 2 * len(original)

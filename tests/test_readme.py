@@ -21,9 +21,9 @@ def python_blocks() -> list[str]:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_store: str) -> Path:
     """A folder with the manifests that the README's example reads."""
-    manifests = tmp_path / "data" / "manifests"
+    manifests = tmp_path / "data" / "dataset"
     for split, count in {"train": 12, "dev": 4}.items():
-        tone_corpus(tmp_path / "data" / "corpus" / split, tone_texts(count)).write(manifests / f"{split}.jsonl")
+        tone_corpus(tmp_path / "data" / "corpora" / split, tone_texts(count)).write(manifests / f"{split}.jsonl")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -159,7 +159,7 @@ def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(
 
 
 def test_other_data_than_the_runs_is_refused(project: Path, outcome: Outcome) -> None:
-    manifest = project / "data" / "manifests" / "test.jsonl"
+    manifest = project / "data" / "dataset" / "test.jsonl"
     before, times = manifest.read_text(), manifest.stat()
     manifest.write_text(before.replace('"text": "', '"text": "A', 1))
     try:
@@ -209,7 +209,7 @@ def test_the_console_log_holds_the_report_and_a_failure(
     failed = mlflow.search_runs(["0"], output_format="list", max_results=1)[0]
     assert failed.info.status == "FAILED"
     assert failed.data.tags["sonosco.kind"] == "train"
-    assert failed.data.params["config.data.source"] == "nowhere"
+    assert failed.data.params["config.data.corpora.tones.source"] == "nowhere"
     log = download(failed.info.run_id, "logs/console.log", tmp_path / "failed").read_text()
     assert failed.data.tags["sonosco.error"] in log
 

@@ -117,6 +117,9 @@ class Config(Section):
             details = error.errors()[0]
             # Below a setting's name pydantic lists the types that it has tried.
             parts = details["loc"][:3] if details["loc"][:2] == ("model", "settings") else details["loc"]
+            if parts[-1] == "[key]":
+                # Of a corpus it is the name that is refused.
+                parts = ("data", "corpus") if "data.corpus" in overrides else parts[:-1]
             names = [ALIASES.get(name, name) for name in overrides]
             key = _as_given(".".join(str(part) for part in parts), [*names, *short])
             overridden = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names)
@@ -140,7 +143,7 @@ class Config(Section):
     def data_recipe(self) -> dict[str, object]:
         """The part of the recipe that the data stages depend on."""
         return {
-            "data": self.data.model_dump(mode="json", include={"corpora"}),
+            "data": self.data.model_dump(mode="json", include={"corpora", "skip"}),
             "features": self.features.model_dump(mode="json", exclude=self.features.idle),
             "tokenizer": self.tokenizer.model_dump(mode="json", include={"kind", "size"}),
         }
@@ -236,7 +239,7 @@ def _corpora(tree: dict[str, Any]) -> dict[str, Any]:
 def _as_given(key: str, names: Sequence[str]) -> str:
     """Return the key of a corpus in its short form, if one of ``names``, by which it was given, is."""
     below = re.fullmatch(r"data\.corpora\.[^.]+\.(.*)", key)
-    short = key if below is None else f"data.{below[1].replace('[key]', 'corpus.[key]')}"
+    short = key if below is None else f"data.{below[1]}"
     return short if any(f"{short}.".startswith(f"{name}.") for name in names) else key
 
 
@@ -254,10 +257,8 @@ def _explain(key: str, details: Mapping[str, object]) -> str:
         return f"{key}: found {found!r}, {nearest(str(found), get_args(annotation))}"
     if key.startswith("model.settings."):
         return f"{key}: found {found!r}, expected a number, a text or a list of numbers"
-    if key.endswith(".[key]"):
-        return (
-            f"{key.removesuffix('.[key]')}: found {found!r}, expected a name of letters, digits, hyphens, underscores"
-        )
+    if details["type"] == "string_pattern_mismatch":
+        return f"{key}: found {found!r}, expected a name of letters, digits, hyphens and underscores"
     # pydantic says "Input should be ..."; for a reader of a recipe, it is the key's value that should be.
     expected = str(details["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
     return f"{key}: found {found!r}, expected {expected}"

@@ -16,6 +16,9 @@ Seconds = Annotated[float, Field(gt=0, le=1)]
 # It names a folder, a stage of DVC's, and begins the ids of utterances.
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
+Skippable = Literal["text", "same-audio", "file", "audio", "duration", "clipping", "silence"]
+"""The checks of ``sonosco manifest validate`` that find each row that is bad, whatever it is to be used for."""
+
 LanguageModelUnit = Literal["tokens", "words"]
 """What the n-grams of a language model are made of."""
 
@@ -40,6 +43,7 @@ class Corpus(Section):
 class Data(Section):
     """What to train on and how to load it. ``corpora`` decide the data, each under a name of its own.
 
+    Utterances in which one of the checks in ``skip`` finds something are left out; nothing is where it is empty.
     ``sorta_grad`` has the first epoch go from short utterances to long ones. Features are computed in so many
     ``processes``, or on the ``cluster`` of dask's with this address.
     """
@@ -47,6 +51,7 @@ class Data(Section):
     corpora: Annotated[dict[CorpusName, Corpus], Field(min_length=1)] = Field(
         default_factory=lambda: {"default": Corpus()}
     )
+    skip: list[Skippable] = Field(default_factory=list)
     frames_per_batch: Positive = 6000
     sorta_grad: bool = False
     workers: NotNegative = 0

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from project import make_after_corpus
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.executors import Cluster, Executor, Processes
 from sonosco_mlflow.data.extraction import extract_features
 from sonosco_mlflow.data.manifest import Manifest
-from sonosco_mlflow.data.stages import DataFolder, make_features, make_manifests
+from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from toy import PROCESSOR, tone_corpus, tone_texts
 
@@ -96,12 +97,11 @@ def test_a_recipe_names_its_cluster(scheduler: str, tmp_path: Path) -> None:
     for name, cluster in (("here", "null"), ("there", scheduler)):
         folder = DataFolder(tmp_path / name)
         for split in ("train", "dev", "test"):
-            tone_corpus(folder.corpus, tone_texts(6)).write(folder.corpus / f"{split}.jsonl")
+            tone_corpus(folder.corpus("default"), tone_texts(6)).write(folder.corpus("default") / f"{split}.jsonl")
         config = Config.resolve({"features": {"n_mels": 8}}, {"data.cluster": cluster})
-        make_manifests(config, folder)
-        make_features(config, folder)
-        digests.append([path.read_bytes() for path in sorted(folder.features.rglob("*.*"))])
-        assert not list((folder.root / ".unfinished").iterdir())
+        make_after_corpus(config, folder)
+        digests.append([path.read_bytes() for path in sorted(folder.features("default").rglob("*.*"))])
+        assert not (folder.root / ".unfinished").exists()
     assert digests[0] == digests[1]
 
 

@@ -78,7 +78,7 @@ def causes(project: Project, other: str) -> list[str]:
 def cached_features(project: Project) -> dict[str, Path]:
     """Return the files in DVC's cache with the features that lie in the project, by their paths; "" is their list."""
     lock = YAML(typ="safe").load((project.folder / "dvc.lock").read_text())
-    (output,) = lock["stages"]["features"]["outs"]
+    (output,) = lock["stages"]["features@tones"]["outs"]
     cache = project.folder / ".dvc" / "cache" / "files" / "md5"
 
     def place(digest: str) -> Path:
@@ -95,8 +95,8 @@ def test_a_sample_of_a_recording(copy: Project) -> None:
     copy.run([*SONOSCO, "train"])
     assert causes(copy, newest(copy)) == [
         f"recording {recording}: other bytes",
-        "data/features/train/shard-00000.npy: the features of utterance tone-005 differ",
-        "data/features/statistics.json: other bytes",
+        "data/features/tones/train/shard-00000.npy: the features of utterance tone-005 differ",
+        "data/dataset/statistics.json: other bytes",
     ]
     # While DVC has the run's data, that is what it is made from again.
     assert reproduce(copy)["bit_identical"] is True
@@ -111,14 +111,14 @@ def test_a_sample_of_a_recording(copy: Project) -> None:
 def test_a_byte_of_a_feature_shard(copy: Project) -> None:
     shard = "train/shard-00000.npy"
     cached = cached_features(copy)[shard]
-    path = copy.folder / "data" / "features" / shard
+    path = copy.folder / "data" / "features" / "tones" / shard
     content = np.load(path)
     content[-1, 0] = np.nextafter(content[-1, 0], np.float32(9.0), dtype=np.float32)
     np.save(path, content)
-    run([*DVC, "commit", "--force", "features"], copy.folder)
+    run([*DVC, "commit", "--force", "features", "dataset"], copy.folder)
     copy.run([*SONOSCO, "train", "--no-prepare"])
     last = FeatureStore(path.parent).ids[-1]
-    assert causes(copy, newest(copy)) == [f"data/features/{shard}: the features of utterance {last} differ"]
+    assert causes(copy, newest(copy)) == [f"data/features/tones/{shard}: the features of utterance {last} differ"]
     found = reproduce(copy)
     assert (found["bit_identical"], found["differing_inputs"]) == (True, {}), "by digest, not what lies there now"
 
@@ -126,7 +126,7 @@ def test_a_byte_of_a_feature_shard(copy: Project) -> None:
     cached.chmod(0o644)
     cached.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     said = copy.run([*SONOSCO, "reproduce", original(copy), "--env-manager", "local"], 1)
-    assert f"data/features/{shard}: DVC's cache has other bytes than it says, in {cached}; delete that file" in said
+    assert f"features/tones/{shard}: DVC's cache has other bytes than it says, in {cached}; delete that file" in said
     cached.unlink()
     found = reproduce(copy)
     assert (found["bit_identical"], found["differing_inputs"]) == (True, {}), "made again"

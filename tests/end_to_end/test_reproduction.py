@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from ruamel.yaml import YAML
 
-from project import REPOSITORY, Project, make_project, run, with_artifacts
+from project import DATA_STAGES, REPOSITORY, Project, make_project, run, with_artifacts
 from sonosco_mlflow import reproduction
 from sonosco_mlflow.errors import UserError
 from toy import tone_corpus, tone_texts
@@ -65,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Pro
     process.wait()
     trained.run([*SONOSCO, "resume", killed])
     assert trained.client.get_run(killed).data.tags["sonosco.segments"] == "3"
-    trained.run([*DVC, "push", "corpus", "manifests", "features"])
+    trained.run([*DVC, "push", *DATA_STAGES])
 
     clone = folder / "clone"
     run(["git", "clone", "--quiet", str(project), str(clone)], folder)

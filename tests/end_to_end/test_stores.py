@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from project import Project, make_project, run, with_artifacts
+from project import DATA_STAGES, Project, make_project, run, with_artifacts
 from servers import ObjectStore, TrackingServer
 
 SONOSCO = [sys.executable, "-m", "sonosco_mlflow"]
@@ -43,7 +43,7 @@ def continued_by_a_clone(project: Project, folder: Path) -> str:
     """Kill a training, lose its project, and have a fresh clone continue it; return its run."""
     epochs = ["--set", "training.epochs=3"]
     killed = project.begin_and_kill([*SONOSCO, "train", *epochs]).info.run_id
-    project.run([*DVC, "push", "corpus", "manifests", "features"])
+    project.run([*DVC, "push", *DATA_STAGES])
     clone = folder / "clone"
     run(["git", "clone", "--quiet", str(project.folder), str(clone)], folder)
     shutil.rmtree(project.folder)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from project import Project, make_project, move_corpus, run, with_artifacts
+from project import DATA_STAGES, Project, make_project, move_corpus, run, with_artifacts
 
 MLFLOW = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
 DVC = [sys.executable, "-m", "dvc"]
@@ -130,7 +130,7 @@ def test_another_clone_on_an_empty_disk_needs_only_the_store_and_the_remote(
     run(["git", "clone", "--quiet", str(project.folder), str(clone)], tmp_path)
     place = project.folder.parent
     if is_pushed:
-        project.run([*DVC, "push", "corpus", "manifests", "features"])
+        project.run([*DVC, "push", *DATA_STAGES])
         (place / "tones").rename(place / "away")
     else:
         shutil.rmtree(place / "remote", ignore_errors=True)

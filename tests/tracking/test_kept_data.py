@@ -11,9 +11,10 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.changes import lineage_changes
+from sonosco_mlflow.tracking.data_lock import lock_text, stage_outputs
 from sonosco_mlflow.tracking.kept_data import KeptData, kept_data_changes
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.pipeline import lock_text, prepare_data
+from sonosco_mlflow.tracking.pipeline import prepare_data
 from toy import change_a_sample
 
 DVC = ["python", "-m", "dvc"]
@@ -49,11 +50,11 @@ class Versions:
 def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
     made = Versions(tmp_path_factory.mktemp("versions"))
     folder = made.make("first")
-    shard = folder.store("train") / "shard-00000.npy"
+    shard = folder.features("tones") / "train" / "shard-00000.npy"
     content = np.load(shard)
     content[-1, 0] = np.nextafter(content[-1, 0], np.float32(9.0), dtype=np.float32)
     np.save(shard, content)
-    run([*DVC, "commit", "--force", "features"], folder.root.parent)
+    run([*DVC, "commit", "--force", *stage_outputs(folder)], folder.root.parent)
     made.note("a byte of a feature", folder)
     tones = made.project / "tones"
     change_a_sample(tones / "tone-005.wav")
@@ -69,13 +70,14 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
 def test_equal_data_differs_in_nothing(versions: Versions, tmp_path: Path) -> None:
     one, other = (KeptData(versions.locks["first"], versions.project, tmp_path / name) for name in "ab")
     assert kept_data_changes(one, other) == []
-    assert {"data/manifests/train.jsonl", "data/features/train/shard-00000.npy"} <= one.digests.keys()
+    assert {"data/dataset/train.jsonl", "data/features/tones/train/shard-00000.npy"} <= one.digests.keys()
 
 
 def test_one_byte_of_a_feature_is_found_with_its_utterance(versions: Versions, tmp_path: Path) -> None:
-    store = KeptData(versions.locks["first"], versions.project, tmp_path / "x").features("train", ["shard-00000.npy"])
+    kept = KeptData(versions.locks["first"], versions.project, tmp_path / "x")
+    store = kept.features("data/features/tones/train", ["shard-00000.npy"])
     assert versions.changes("first", "a byte of a feature", tmp_path) == [
-        f"data/features/train/shard-00000.npy: the features of utterance {store.ids[-1]} differ"
+        f"data/features/tones/train/shard-00000.npy: the features of utterance {store.ids[-1]} differ"
     ]
 
 
@@ -88,7 +90,7 @@ def test_recordings_and_transcripts_that_changed_are_named(versions: Versions, t
         "train: utterance tone-900 was added",
     } <= {line.replace("dev:", "train:").replace("test:", "train:") for line in found}
     assert any(line.startswith("train: utterance tone-004: text was ") and line.endswith("is 'ABBA'") for line in found)
-    assert "data/features/train/shard-00000.npy: the features of utterance tone-005 differ" in found
+    assert "data/features/tones/train/shard-00000.npy: the features of utterance tone-005 differ" in found
     assert not any("tone-002" in line or "audio.sha256" in line for line in found)
 
 
@@ -98,9 +100,9 @@ def test_what_dvc_has_lost_is_told_by_the_digests(versions: Versions, tmp_path: 
     cache.rename(tmp_path / "cache")
     try:
         kept = KeptData(versions.locks["first"], versions.project, tmp_path / "kept")
-        with pytest.raises(UserError, match=r"data/manifests/train\.jsonl is neither in DVC's cache nor in a remote"):
-            kept.read("data/manifests/train.jsonl")
-        assert lineage_changes(sides[0], sides[1], versions.project) == ["data/features of DVC"]
+        with pytest.raises(UserError, match=r"data/dataset/train\.jsonl is neither in DVC's cache nor in a remote"):
+            kept.read("data/dataset/train.jsonl")
+        assert lineage_changes(sides[0], sides[1], versions.project) == ["data/features/tones of DVC"]
     finally:
         shutil.rmtree(cache, ignore_errors=True)
         (tmp_path / "cache").rename(cache)
@@ -110,4 +112,4 @@ def test_without_a_lock_the_manifests_digests_tell(versions: Versions) -> None:
     one, other = versions.lineages["first"], versions.lineages["recordings"]
     found = lineage_changes((one, None), (other, None), versions.project)
     assert any(line.startswith("the train manifest (") for line in found)
-    assert "data/features of DVC" in found
+    assert "data/features/tones of DVC" in found

@@ -7,18 +7,18 @@ from ruamel.yaml import YAML
 
 from project import make_project
 from sonosco_mlflow.config import Config
-from sonosco_mlflow.data.features import FeatureStore
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.text import CharacterTokenizer
+from sonosco_mlflow.tracking.data_lock import lock_text, stage_outputs
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.pipeline import lock_text, make_private, prepare_data, ready_data, remotes, stage_outputs
+from sonosco_mlflow.tracking.pipeline import make_private, prepare_data, ready_data, remotes
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.vocabulary import read_tokenizer
 from sonosco_mlflow.word_pieces import WordPieceTokenizer
 from toy import change_a_sample
 
-OUTPUTS = {"data/corpus", "data/manifests", "data/features"}
+OUTPUTS = {"data/corpora/tones", "data/manifests/tones", "data/features/tones", "data/dataset"}
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +38,22 @@ def own(project: Path) -> DataFolder:
 def test_the_projects_own_recipe_is_made_in_its_own_folder(project: Path, own: DataFolder) -> None:
     assert own.root == project / "data"
     assert stage_outputs(own).keys() == OUTPUTS
-    assert FeatureStore(own.store("test")).n_mels == 8
+    assert own.store("test").n_mels == 8
     assert ready_data(recipe(project), project) == own
 
 
 def test_another_recipe_leaves_the_project_as_it_is(project: Path, own: DataFolder) -> None:
     before = {name: (project / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
-    features = {path: path.stat().st_mtime_ns for path in own.features.rglob("*.npy")}
+    features = {path: path.stat().st_mtime_ns for path in own.features("tones").rglob("*.npy")}
     other = prepare_data(recipe(project, features__n_mels="5"), project)
     assert project / ".sonosco" in other.root.parents
-    assert FeatureStore(other.store("train")).n_mels == 5
+    assert other.store("train").n_mels == 5
     assert {name: (project / name).read_bytes() for name in before} == before
-    assert {path: path.stat().st_mtime_ns for path in own.features.rglob("*.npy")} == features
+    assert {path: path.stat().st_mtime_ns for path in own.features("tones").rglob("*.npy")} == features
 
     # The manifests are the same, the features are not, and the digest of the data says so.
-    assert stage_outputs(other)["data/manifests"] == stage_outputs(own)["data/manifests"]
-    assert stage_outputs(other)["data/features"] != stage_outputs(own)["data/features"]
+    assert stage_outputs(other)["data/manifests/tones"] == stage_outputs(own)["data/manifests/tones"]
+    assert stage_outputs(other)["data/features/tones"] != stage_outputs(own)["data/features/tones"]
     assert DataLineage.of_folder(other).digest != DataLineage.of_folder(own).digest
 
 
@@ -63,8 +63,8 @@ def test_word_pieces_are_a_vocabulary_of_their_own(project: Path, own: DataFolde
     pieces = read_tokenizer(other.vocabulary)
     assert isinstance(pieces, WordPieceTokenizer)
     assert 6 < len(pieces.pieces) <= 12
-    assert stage_outputs(other)["data/corpus"] == stage_outputs(own)["data/corpus"]
-    assert stage_outputs(other)["data/features"] == stage_outputs(own)["data/features"]
+    assert stage_outputs(other)["data/corpora/tones"] == stage_outputs(own)["data/corpora/tones"]
+    assert stage_outputs(other)["data/features/tones"] == stage_outputs(own)["data/features/tones"]
     assert DataLineage.of_folder(other).vocabulary == pieces.digest
     # How they are drawn in training makes no other data.
     sampled = recipe(project, tokenizer__kind="word_pieces", tokenizer__size="12", tokenizer__sampling="0.1")
@@ -81,7 +81,7 @@ def test_one_cache_serves_all_workspaces(project: Path, own: DataFolder, monkeyp
     other = prepare_data(recipe(project, features__n_mels="6"), Path())
     assert not (other.root.parent / ".dvc" / "cache").exists()
     assert not (other.root.parent / ".dvc" / ".dvc").exists()
-    digest = stage_outputs(other)["data/features"]
+    digest = stage_outputs(other)["data/features/tones"]
     assert (project / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]).exists()
 
 
@@ -92,12 +92,12 @@ def test_a_failed_stage_says_why(project: Path) -> None:
 
 
 def test_an_unknown_corpus_is_refused_at_once(project: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.corpus: found 'an5', did you mean 'an4'"):
+    with pytest.raises(UserError, match=r"data\.corpora\.an5\.kind: found 'an5', did you mean 'an4'"):
         prepare_data(recipe(project, data__corpus="an5"), project)
 
 
 def test_a_source_that_does_not_exist_is_named(project: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.source: found 'nowhere'"):
+    with pytest.raises(UserError, match=r"data\.corpora\.tones\.source: found 'nowhere'"):
         prepare_data(recipe(project, data__source="nowhere"), project)
 
 
@@ -108,10 +108,11 @@ def test_a_source_that_dvc_does_not_watch_is_refused(project: Path, tmp_path: Pa
     shutil.copytree(copy / "tones", copy / "others")
     text = (copy / "params.yaml").read_text()
     (copy / "params.yaml").write_text(text.replace("source: tones", "source: others"))
+    stages = (copy / "dvc.yaml").read_text()
+    (copy / "dvc.yaml").write_text(stages.replace("- ${item.source}", "- tones"))
     with pytest.raises(UserError, match=r"the stage corpus does not name 'others' among its deps.*add the line"):
         prepare_data(recipe(copy), copy)
-    stages = (copy / "dvc.yaml").read_text()
-    (copy / "dvc.yaml").write_text(stages.replace("- tones", "- others"))
+    (copy / "dvc.yaml").write_text(stages.replace("- ${item.source}", "- others"))
     made = prepare_data(recipe(copy), copy)
     before = DataLineage.of_folder(made).digest
     change_a_sample(copy / "others" / "tone-005.wav")
@@ -149,7 +150,7 @@ def test_a_runs_data_is_used_as_it_lies_there_or_comes_from_the_cache(
 
     # Edited in place: neither the manifests nor dvc.lock show it.
     lock = (project / "dvc.lock").read_bytes()
-    shard = next(own.features.rglob("*.npy"))
+    shard = next(own.features("tones").rglob("*.npy"))
     before = shard.read_bytes()
     shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     edited = shard.read_bytes()
@@ -160,7 +161,7 @@ def test_a_runs_data_is_used_as_it_lies_there_or_comes_from_the_cache(
         shard.write_bytes(before)
     assert project / ".sonosco" in restored.root.parents
     assert DataLineage.of_folder(restored).digest == digest
-    assert (restored.features / shard.relative_to(own.features)).read_bytes() == before
+    assert (restored.root / shard.relative_to(own.root)).read_bytes() == before
     assert (project / "dvc.lock").read_bytes() == lock
 
 

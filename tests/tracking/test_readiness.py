@@ -56,7 +56,7 @@ def test_data_that_dvc_does_not_version_has_digests_of_its_own(folder: DataFolde
     (folder.root.parent / "dvc.lock").unlink()
     own = DataLineage.of_folder(folder)
     assert (own.contents.keys(), own.outputs) == ({"train", "dev", "test"}, {})
-    shard = folder.store("dev") / "shard-00000.npy"
+    shard = folder.features("tones") / "dev" / "shard-00000.npy"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     replace(shard, bytes(content))
@@ -66,26 +66,28 @@ def test_data_that_dvc_does_not_version_has_digests_of_its_own(folder: DataFolde
 
 
 def test_files_that_are_not_those_of_the_lock_are_named(folder: DataFolder) -> None:
-    shard = folder.store("train") / "shard-00000.npy"
+    shard = folder.features("tones") / "train" / "shard-00000.npy"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     replace(shard, bytes(content))
-    (folder.manifests / "extra.jsonl").touch()
+    (folder.manifests("tones") / "extra.jsonl").touch()
     with pytest.raises(UserError, match=r"dvc\.lock: the data differs from it: (.*); `dvc repro`") as raised:
         require_current(folder)
-    named = "data/features/train/shard-00000.npy, data/manifests/extra.jsonl"
+    named = "data/features/tones/train/shard-00000.npy, data/manifests/tones/extra.jsonl"
     assert f"differs from it: {named}; " in str(raised.value)
 
 
 def test_features_of_other_manifests_are_refused(folder: DataFolder) -> None:
     lock = folder.root.parent / "dvc.lock"
     content = YAML(typ="safe").load(lock.read_text())
-    for dependency in content["stages"]["features"]["deps"]:
-        if dependency["path"] == "data/manifests":
+    for dependency in content["stages"]["features@tones"]["deps"]:
+        if dependency["path"] == "data/manifests/tones":
             dependency["md5"] = "f" * 32 + ".dir"
     with lock.open("w") as file:
         YAML().dump(content, file)
-    with pytest.raises(UserError, match="the features are of other data/manifests than lie there; `dvc repro feat"):
+    with pytest.raises(
+        UserError, match="features@tones was made of another data/manifests/tones than lies there; `dvc"
+    ):
         require_current(folder)
 
 
@@ -99,12 +101,12 @@ def test_where_dvc_cannot_tell_nothing_is_trained(folder: DataFolder, monkeypatc
 def test_without_dvc_the_clock_tells(folder: DataFolder, tmp_path: Path) -> None:
     (folder.root.parent / "dvc.lock").unlink()
     require_current(DataFolder(tmp_path / "nothing"))
-    index = folder.store("dev") / "index.jsonl"
-    for path in folder.root.rglob("*.jsonl"):
+    index = folder.features("tones") / "dev" / "index.jsonl"
+    for path in folder.root.rglob("*.json*"):
         os.utime(path, (1000, 1000))
     require_current(folder)
     os.utime(index, (999, 999))
-    with pytest.raises(UserError, match=r"data/features/dev: the features are older than .*data/manifests/dev\.jsonl"):
+    with pytest.raises(UserError, match=r"tones/dev/index\.jsonl: is older than .*data/manifests/tones/dev\.jsonl"):
         require_current(folder)
 
 
@@ -112,7 +114,7 @@ def test_without_dvc_the_clock_tells(folder: DataFolder, tmp_path: Path) -> None
 def test_a_training_on_other_data_than_the_lock_names_makes_no_step(folder: DataFolder) -> None:
     project = folder.root.parent
     replace(folder.statistics, folder.statistics.read_bytes() + b"\n")
-    with pytest.raises(UserError, match=r"differs from it: data/features/statistics\.json"):
+    with pytest.raises(UserError, match=r"differs from it: data/dataset/statistics\.json"):
         train(Config.load(project / "params.yaml"), project, prepare=False)
     found = mlflow.search_runs(search_all_experiments=True, output_format="list")
     (made,) = (run for run in found if "statistics" in run.data.tags.get("sonosco.error", ""))

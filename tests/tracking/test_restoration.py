@@ -8,8 +8,9 @@ from project import make_project, run
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking.data_lock import lock_text, stage_outputs
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.pipeline import DATA_STAGES, lock_text, prepare_data
+from sonosco_mlflow.tracking.pipeline import prepare_data
 from sonosco_mlflow.tracking.restoration import restore_data
 
 # The quick case stands in test_pipeline.py, where a project is at hand.
@@ -27,9 +28,9 @@ class Kept:
         self.data = prepare_data(self.config, self.project)
         self.lock = lock_text(self.data)
         self.lineage = DataLineage.of_folder(self.data)
-        self.features = contents(self.data.features)
+        self.features = contents(self.data.features("tones"))
         run([*DVC, "remote", "add", "--default", "storage", "../remote"], self.project)
-        run([*DVC, "push", *DATA_STAGES], self.project)
+        run([*DVC, "push", *stage_outputs(self.data)], self.project)
 
     def restore(self, lock: str | None = "", expected: str | None = None) -> DataFolder:
         return restore_data(self.config, self.project, lock or self.lock, expected or self.lineage.digest)
@@ -53,7 +54,7 @@ def kept(before: Kept) -> Kept:
     """The project as a run left it."""
     shutil.rmtree(before.project / ".sonosco", ignore_errors=True)
     shutil.rmtree(before.data.root, ignore_errors=True)
-    run([*DVC, "pull", "--force", *DATA_STAGES], before.project)
+    run([*DVC, "pull", "--force", *stage_outputs(before.data)], before.project)
     return before
 
 
@@ -88,7 +89,7 @@ def test_what_the_cache_has_lost_comes_from_the_remote(kept: Kept, capfd: pytest
         restored = kept.restore()
     finally:
         local.unlink()
-    assert contents(restored.features) == kept.features
+    assert contents(restored.features("tones")) == kept.features
     assert DataLineage.of_folder(restored).digest == kept.lineage.digest
     copy = restored.root.parent / ".dvc" / "config.local"
     assert "secret" in copy.read_text()
@@ -105,7 +106,7 @@ def test_what_is_nowhere_is_made_again_or_refused(kept: Kept, monkeypatch: pytes
     kept.remote.rename(kept.remote.with_name("away"))
     try:
         restored = kept.restore()
-        assert contents(restored.features) == kept.features
+        assert contents(restored.features("tones")) == kept.features
         assert (kept.project / "dvc.lock").read_bytes() == lock
         assert not kept.data.root.exists()
 
@@ -115,7 +116,7 @@ def test_what_is_nowhere_is_made_again_or_refused(kept: Kept, monkeypatch: pytes
         shutil.rmtree(restored.root.parent)
         shutil.rmtree(kept.cache)
         (kept.project / "tones").rename(kept.project / "away")
-        with pytest.raises(UserError, match=r"cannot be made again: data\.source: found 'tones'"):
+        with pytest.raises(UserError, match=r"cannot be made again: data\.corpora\.tones\.source: found 'tones'"):
             kept.restore()
     finally:
         kept.remote.with_name("away").rename(kept.remote)

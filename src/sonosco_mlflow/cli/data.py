@@ -1,6 +1,7 @@
 """The verbs that make data: each a stage of the pipeline, and all of them together."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ def corpus(
     for chosen in _corpora(config, name):
         # By hand, nobody relies on being told when it is to be made again.
         if "DVC_STAGE" in os.environ:
-            require_watched(config.data.corpora[chosen], Path())
+            require_watched(config, chosen, Path())
         with stage_progress() as progress:
             make_corpus(config, chosen, DataFolder(into), progress)
 
@@ -48,11 +49,19 @@ def corpus(
 def manifests(
     context: typer.Context, name: Name = None, into: Into = DATA, settings: Set = None, params: Params = PARAMS
 ) -> None:
-    """Write the manifests of each corpus."""
+    """Write the manifests of each corpus, without what the recipe skips (data.skip)."""
+    from sonosco_mlflow.console import say, stage_progress
     from sonosco_mlflow.data.stages import DataFolder, make_manifests
 
-    for chosen in _corpora(read_recipe(context, settings, params), name):
-        make_manifests(chosen, DataFolder(into))
+    config, folder = read_recipe(context, settings, params), DataFolder(into)
+    for chosen in _corpora(config, name):
+        with stage_progress() as progress:
+            skipped = make_manifests(config, chosen, folder, progress)
+        if skipped:
+            checks = Counter(finding.check for finding in skipped)
+            rows = len({(finding.manifest, finding.line) for finding in skipped})
+            why = ", ".join(f"{check} {count}" for check, count in sorted(checks.items()))
+            say(f"corpus {chosen}: {rows} utterances are left out ({why}); {folder.skipped(chosen)} names them")
 
 
 @app.command(context_settings=RECIPE_KEYS)

@@ -3,7 +3,7 @@
 ::
 
     data/corpora/NAME/    {train,dev,test}.jsonl and the audio                  (stage corpus, of each corpus)
-    data/manifests/NAME/  {train,dev,test}.jsonl                                (stage manifests, of each corpus)
+    data/manifests/NAME/  {train,dev,test}.jsonl, skipped.jsonl                 (stage manifests, of each corpus)
     data/features/NAME/   {train,dev,test}/shard-*.npy                          (stage features, of each corpus)
     data/dataset/         {train,dev,test}.jsonl, vocabulary.json, statistics.json  (stage dataset, of all together)
 
@@ -11,7 +11,9 @@ Each stage is a function of the recipe and of the folders of the stages before; 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,9 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.corpora import bring_corpus
 from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.manifest_tools.findings import Finding
+from sonosco_mlflow.data.manifest_tools.recordings import Expected
+from sonosco_mlflow.data.manifest_tools.validation import findings_of
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.sections import Features
 from sonosco_mlflow.vocabulary import make_tokenizer
@@ -49,6 +54,10 @@ class DataFolder:
     def manifests(self, name: str) -> Path:
         """Return the folder with the manifests of a corpus."""
         return self.root / "manifests" / name
+
+    def skipped(self, name: str) -> Path:
+        """Return the list of what was wrong with the utterances of a corpus that were left out."""
+        return self.manifests(name) / "skipped.jsonl"
 
     def features(self, name: str) -> Path:
         """Return the folder with a corpus's feature stores, one a split."""
@@ -90,6 +99,12 @@ class DataFolder:
             raise UserError(f"{self.dataset}: no dataset here; `dvc repro dataset` makes it") from error
         return names
 
+    def count_skipped(self) -> Counter[str]:
+        """Return how many utterances of each split were left out of the dataset."""
+        lines = (line for name in self.corpora() for line in self.skipped(name).read_text("utf-8").splitlines())
+        findings = [json.loads(line) for line in lines]
+        return Counter(Path(manifest).stem for manifest, _ in {(row["manifest"], row["line"]) for row in findings})
+
     def store(self, split: str) -> "JoinedFeatures":
         """Open the features of a split.
 
@@ -117,10 +132,27 @@ def make_corpus(config: Config, name: str, folder: DataFolder, progress: Progres
     )
 
 
-def make_manifests(name: str, folder: DataFolder) -> None:
-    """Write the manifests of a corpus."""
-    for split in SPLITS:
-        Manifest.read(folder.corpus(name) / f"{split}.jsonl").write(folder.manifests(name) / f"{split}.jsonl")
+def make_manifests(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> list[Finding]:
+    """Write the manifests of a corpus without the rows that the recipe skips; name what is wrong there."""
+    paths = {split: folder.corpus(name) / f"{split}.jsonl" for split in SPLITS}
+    found = _to_skip(config, list(paths.values()), partial(progress, f"recordings of {name}"))
+    for split, path in paths.items():
+        manifest, skipped = Manifest.read(path), {finding.line for finding in found if finding.manifest == str(path)}
+        kept = (utterance for line, utterance in enumerate(manifest, start=1) if line not in skipped)
+        Manifest(kept, manifest.root).write(folder.manifests(name) / f"{split}.jsonl")
+    lines = "".join(f"{finding.to_json()}\n" for finding in found)
+    folder.skipped(name).write_text(lines, encoding="utf-8")
+    return found
+
+
+def _to_skip(config: Config, paths: list[Path], progress: Callable[[int, int], None]) -> list[Finding]:
+    checks = config.data.skip
+    if not checks:
+        return []
+    # What a text lacks is seen without opening a recording.
+    expected = None if set(checks) == {"text"} else Expected()
+    findings = findings_of(paths, None, expected, config.data.processes, progress)
+    return [finding for finding in findings if finding.check in checks]
 
 
 def make_features(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> None:
@@ -128,6 +160,8 @@ def make_features(config: Config, name: str, folder: DataFolder, progress: Progr
     from sonosco_mlflow.data.executors import Cluster, Processes
     from sonosco_mlflow.data.extraction import extract_features
 
+    # Not below `features`: DVC empties that before the stage.
+    work = folder.root / ".unfinished" / name
     executor = Processes(config.data.processes) if config.data.cluster is None else Cluster(config.data.cluster)
     for split in SPLITS:
         extract_features(
@@ -136,10 +170,13 @@ def make_features(config: Config, name: str, folder: DataFolder, progress: Progr
             folder.features(name) / split,
             dtype=config.features.dtype,
             executor=executor,
-            # Not below `features`: DVC empties that before the stage.
-            unfinished=folder.root / ".unfinished" / name / split,
+            unfinished=work / split,
             progress=partial(progress, f"features of {name}, {split}"),
         )
+    with suppress(OSError):
+        work.rmdir()
+        # There may be another corpus's.
+        work.parent.rmdir()
 
 
 def make_dataset(config: Config, folder: DataFolder) -> None:

@@ -25,7 +25,7 @@ class DataLineage:
         manifests: sha256 of each split's manifest.
         vocabulary: sha256 of the tokenizer's vocabulary, or None.
         outputs: DVC's digest of each data output, by path; empty where DVC does not version the data.
-        counts: utterances, hours and speakers of each split.
+        counts: utterances, hours and speakers of each split, and how many were skipped if any were.
         contents: where DVC does not version the data, sha256 of what each split's features are read from.
         sources: each split's manifest, or the folder that its recordings' paths start from.
         lock: text of the ``dvc.lock`` by which DVC brings the data again, or None.
@@ -48,7 +48,7 @@ class DataLineage:
             recordings: whether training reads the recordings beside the features; DVC versions them all the same.
         """
         manifests = {split: Manifest.read(folder.manifest(split)) for split in SPLITS}
-        outputs = stage_outputs(folder)
+        outputs, skipped = stage_outputs(folder), folder.count_skipped()
         contents = {} if outputs else {split: folder.store(split).digest for split in SPLITS}
         if recordings and not outputs:
             train = manifests["train"]
@@ -57,7 +57,7 @@ class DataLineage:
             manifests={split: manifest.digest for split, manifest in manifests.items()},
             vocabulary=read_tokenizer(folder.vocabulary).digest,
             outputs=outputs,
-            counts={split: _counts(manifest) for split, manifest in manifests.items()},
+            counts={split: _counts(manifest, skipped[split]) for split, manifest in manifests.items()},
             contents=contents,
             sources={split: folder.manifest(split) for split in SPLITS},
             lock=lock_text(folder),
@@ -123,16 +123,17 @@ class DataLineage:
 
     def to_markdown(self) -> str:
         """Return the counts of each split as a Markdown table."""
-        rows = "".join(
-            f"| {split} | {count['utterances']:.0f} | {count['hours']:.2f} | {count['speakers']:.0f} |\n"
-            for split, count in self.counts.items()
-        )
-        return f"| split | utterances | hours | speakers |\n|---|---|---|---|\n{rows}"
+        names = list(dict.fromkeys(name for count in self.counts.values() for name in count))
+        rows = [["split", *names], ["---"] * (1 + len(names))]
+        for split, count in self.counts.items():
+            rows.append([split, *(f"{count.get(name, 0):.{2 if name == 'hours' else 0}f}" for name in names)])
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _counts(manifest: Manifest) -> dict[str, float]:
+def _counts(manifest: Manifest, skipped: int = 0) -> dict[str, float]:
     return {
         "utterances": len(manifest),
         "hours": round(manifest.hours, 4),
         "speakers": len(manifest.speakers),
+        **({"skipped": skipped} if skipped else {}),
     }

@@ -93,16 +93,18 @@ def require_sources(config: Config, project: Path) -> None:
             )
 
 
-def require_watched(corpus: Corpus, project: Path) -> None:
+def require_watched(config: Config, name: str, project: Path) -> None:
     """Return if DVC, which runs the stages in ``project``, sees a change inside the source of a corpus.
 
     Raises:
         UserError: it does not: the stage does not name the source.
     """
+    corpus = config.data.corpora[name]
     source = _local_source(corpus, project)
     if source is None:
         return
-    stage = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["corpus"]
+    stages = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stage = stages.get(f"corpus-{name}") or stages["corpus"]
     named = [path.replace("${item.source}", str(corpus.source)) for path in _commands(stage)["deps"]]
     if source not in {(project / path).resolve() for path in named}:
         raise UserError(

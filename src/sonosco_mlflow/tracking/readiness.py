@@ -9,7 +9,7 @@ from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.features import INDEX
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.data_lock import locked_stages, stage_outputs
+from sonosco_mlflow.tracking.data_lock import LAST_STAGE, locked_stages, stage_outputs
 from sonosco_mlflow.tracking.pipeline import dvc
 
 _MEND = "`dvc repro dataset` makes them anew"
@@ -22,22 +22,9 @@ def require_current(folder: DataFolder) -> None:
         UserError: the features are older than their manifests, or a file is not the one that ``dvc.lock`` names; the
             message names it and says what to do.
     """
-    stages = locked_stages(folder)
-    if not stages:
+    if not locked_stages(folder):
         _require_newer(folder)
         return
-    outputs = stage_outputs(folder)
-    older = {
-        name: dependency["path"]
-        for name, stage in stages.items()
-        for dependency in stage["deps"]
-        if outputs.get(dependency["path"], dependency["md5"]) != dependency["md5"]
-    }
-    if older:
-        raise UserError(
-            f"{folder.root}: {some([f'{name} was made of another {path}' for name, path in older.items()])} than lies "
-            f"there; {_MEND}"
-        )
     changed = changed_files(folder)
     if changed is None:
         raise UserError(
@@ -47,6 +34,12 @@ def require_current(folder: DataFolder) -> None:
         raise UserError(
             f"{folder.root.parent / 'dvc.lock'}: the data differs from it: {some(changed)}; `dvc repro` brings both "
             "together, `dvc checkout --force` puts the data back"
+        )
+    older = _older_stages(folder)
+    if older:
+        raise UserError(
+            f"{folder.root}: {some([f'{name} was made of another {path}' for name, path in older.items()])} than lies "
+            f"there; {_MEND}"
         )
 
 
@@ -85,8 +78,28 @@ def changed_files(folder: DataFolder, *, afresh: bool = False) -> list[str] | No
     return sorted(name for name in names if not any(other != name and _is_below(other, name) for other in names))
 
 
+def _older_stages(folder: DataFolder) -> dict[str, str]:
+    """Return the stages that have run on other data than lies there now, with its path."""
+    outputs = stage_outputs(folder)
+    older = {
+        name: dependency["path"]
+        for name, stage in locked_stages(folder).items()
+        for dependency in stage["deps"]
+        if outputs.get(dependency["path"], dependency["md5"]) != dependency["md5"]
+    }
+    # The folders of all corpora are no output of any stage; only DVC can say what they hold.
+    status = dvc(folder.root.parent, "status", "--json", LAST_STAGE)
+    for change in json.loads(status.stdout).get(LAST_STAGE, []) if status.returncode == 0 else []:
+        for path in change.get("changed deps", {}) if isinstance(change, dict) else ():
+            if path.startswith(f"{folder.root.name}/"):
+                older.setdefault(LAST_STAGE, path)
+    return older
+
+
 def _require_newer(folder: DataFolder) -> None:
     # Made by the verbs one by one, without DVC: then only the clock knows.
+    if not folder.names.exists():
+        return
     for split in SPLITS:
         for name in folder.corpora():
             manifest, features = folder.manifests(name) / f"{split}.jsonl", folder.features(name) / split / INDEX
