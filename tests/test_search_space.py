@@ -79,7 +79,7 @@ def test_texts_that_look_like_something_else_stay_texts() -> None:
     assert grid_size(space) == 6
     tree = [{key: as_text(value) for key, value in combination(space, number).items()} for number in range(6)]
     found = [Config.resolve({}, settings) for settings in tree]
-    assert {config.data.source for config in found} == {"../a", "../b"}
+    assert {config.data.corpora["default"].source for config in found} == {"../a", "../b"}
     assert {config.tracking.run_name for config in found} == {"1", "true", "plain"}
 
 

@@ -131,7 +131,7 @@ def test_a_failure_is_told_without_tokens(project: Path, tone_manifest: Manifest
 @pytest.mark.parametrize(
     "begin",
     [
-        lambda config, project: Experiment.create({"url": config.data.source}, project=project),
+        lambda config, project: Experiment.create({"url": config.data.corpora["default"].source}, project=project),
         lambda config, project: Experiment.create(config, project=project),
         train_recipe,
         bring_data,
@@ -144,6 +144,8 @@ def test_settings_with_credentials_open_no_run(
     address = f"https://me:{TOKENS['in the message of a failure']}@example.org/a.tar.gz"
     config = Config.load(Path(__file__).parents[1] / "params.yaml", {"data.source": address})
     before = len(mlflow.search_runs(search_all_experiments=True))
-    with pytest.raises(UserError, match=r"(url|data\.source): found an address with credentials in it"):
+    with pytest.raises(
+        UserError, match=r"(url|data\.corpora\.default\.source): found an address with credentials in it"
+    ):
         begin(config, project)
     assert len(mlflow.search_runs(search_all_experiments=True)) == before

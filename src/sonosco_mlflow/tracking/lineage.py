@@ -123,7 +123,9 @@ class DataLineage:
 
     def to_markdown(self) -> str:
         """Return the counts of each split as a Markdown table."""
-        names = list(dict.fromkeys(name for count in self.counts.values() for name in count))
+        names = ["utterances", "hours", "speakers"]
+        if any("skipped" in count for count in self.counts.values()):
+            names.append("skipped")
         rows = [["split", *names], ["---"] * (1 + len(names))]
         for split, count in self.counts.items():
             rows.append([split, *(f"{count.get(name, 0):.{2 if name == 'hours' else 0}f}" for name in names)])
