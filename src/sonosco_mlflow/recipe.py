@@ -9,7 +9,7 @@ from sonosco_mlflow import metrics
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.augment import Noise, SpecAugment, SpeedPerturbation, WaveformAugmentation
 from sonosco_mlflow.data.dataset import AudioDataset
-from sonosco_mlflow.data.features import FeatureStatistics
+from sonosco_mlflow.data.features import FeatureStatistics, UtteranceStatistics
 from sonosco_mlflow.data.loader import AudioDataLoader
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder, make_processor
@@ -40,6 +40,8 @@ from sonosco_mlflow.training.callbacks import (
 )
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.vocabulary import read_tokenizer
+
+_STATISTICS = {"corpus": FeatureStatistics, "utterance": UtteranceStatistics}
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
         make_processor(config.features),
         read_tokenizer(folder.vocabulary),
         store=folder.store(split),
-        statistics=FeatureStatistics.read(folder.statistics),
+        statistics=_STATISTICS[config.data.normalisation].read(folder.statistics),
         augmentation=_augmentation(config.augment) if training else None,
         waveform_augmentations=waveform_augmentations(config.augment, config.features.sample_rate) if training else (),
         word_sampling=config.tokenizer.sampling if training else 0.0,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sonosco_mlflow.data.extraction import extract_features
-from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore
+from sonosco_mlflow.data.features import FeatureStatistics, FeatureStore, UtteranceStatistics
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
@@ -78,6 +78,31 @@ def test_statistics_come_back_from_their_file_and_their_description(tmp_path: Pa
         Deserializer().build(Serializer().describe(statistics)),
     ):
         assert (again.mean, again.standard_deviation) == (statistics.mean, statistics.standard_deviation)
+
+
+def test_each_utterance_is_normalised_by_its_own_statistics_on_top() -> None:
+    statistics = UtteranceStatistics([1.0, -3.0], [2.0, 0.5])
+    features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * 3 + torch.tensor([5.0, -7.0])
+    whole = FeatureStatistics([1.0, -3.0], [2.0, 0.5]).normalise(features)
+    normalised = statistics.normalise(features)
+    assert normalised.dtype == torch.float32
+    torch.testing.assert_close(normalised, (whole - whole.mean(0)) / (whole.std(0, correction=0) + 0.1))
+    # Louder, or behind another microphone, is the same; a band that does not vary is centred.
+    torch.testing.assert_close(statistics.normalise(features + torch.tensor([4.0, 2.0])), normalised, atol=1e-4, rtol=0)
+    assert (statistics.normalise(features[:1]) == 0).all()
+    assert type(Deserializer().build(Serializer().describe(statistics))) is UtteranceStatistics
+
+
+def test_sums_are_not_split_by_the_number_of_threads() -> None:
+    statistics = UtteranceStatistics([0.0] * 80, [1.0] * 80)
+    features = torch.randn(3000, 80, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(statistics.normalise(features))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 def test_statistics_that_are_none_are_refused_by_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""In which order a recipe's utterances come."""
+"""What loaders a recipe makes: in which order its utterances come, and how they are normalised."""
 
 from pathlib import Path
 
@@ -7,6 +7,21 @@ from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.recipe import build_loaders
 from toy import tone_corpus, tone_texts
+
+
+def test_a_recipe_says_how_features_are_normalised(tmp_path: Path) -> None:
+    folder = DataFolder(tmp_path)
+    for split in ("train", "dev", "test"):
+        tone_corpus(folder.corpus("default"), tone_texts(4)).write(folder.corpus("default") / f"{split}.jsonl")
+    recipe = {"data": {"processes": 1}, "features": {"n_mels": 8}}
+    make_after_corpus(Config.resolve(recipe, {}), folder)
+    plain = build_loaders(Config.resolve(recipe, {}), folder)
+    own = build_loaders(Config.resolve(recipe, {"data.normalisation": "utterance"}), folder)
+    for loader in (own.train, own.validation, own.test):
+        for position in range(4):
+            assert abs(loader.dataset[position].features.mean(0)).max() < 1e-5
+    assert abs(plain.test.dataset[0].features.mean(0)).max() > 1e-3
+    assert own.test.digest != plain.test.digest
 
 
 def test_sorta_grad_is_for_the_first_epoch_of_training_alone(tmp_path: Path) -> None:
