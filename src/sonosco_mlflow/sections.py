@@ -44,7 +44,7 @@ class Data(Section):
     """What to train on and how to load it. ``corpora`` decide the data, each under a name of its own.
 
     Utterances in which one of the checks in ``skip`` finds something are left out; nothing is where it is empty.
-    ``normalisation`` is by the statistics of the training split (``corpus``), or by each ``utterance``'s own after that.
+    ``normalisation`` is by the statistics of the training split (``corpus``), or each ``utterance``'s own after that.
     ``sorta_grad`` has the first epoch go from short utterances to long ones. Features are computed in so many
     ``processes``, or on the ``cluster`` of dask's with this address.
     """
