@@ -40,8 +40,9 @@ class Corpus(Section):
 class Data(Section):
     """What to train on and how to load it. ``corpora`` decide the data, each under a name of its own.
 
-    ``sorta_grad`` has the first epoch go from short utterances to long ones. Features are computed in so many
-    ``processes``, or on the ``cluster`` of dask's with this address.
+    ``sorta_grad`` has the first epoch go from short utterances to long ones; the first ``curriculum_epochs`` have only
+    the shortest utterances, more from one to the next. Features are computed in so many ``processes``, or on the
+    ``cluster`` of dask's with this address.
     """
 
     corpora: Annotated[dict[CorpusName, Corpus], Field(min_length=1)] = Field(
@@ -49,6 +50,7 @@ class Data(Section):
     )
     frames_per_batch: Positive = 6000
     sorta_grad: bool = False
+    curriculum_epochs: NotNegative = 0
     workers: NotNegative = 0
     processes: Positive = 2
     cluster: str | None = None

@@ -158,7 +158,7 @@ from sonosco_mlflow.data import loader
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from toy import tone_loader
 
-main, begin = os.getpid(), loader._leave_signals_to_main
+main, begin = os.getpid(), loader.leave_signals_to_main
 
 def begin_late(worker):
     print(os.getpid(), flush=True)
@@ -166,7 +166,7 @@ def begin_late(worker):
         time.sleep(0.01)
     begin(worker)
 
-loader._leave_signals_to_main = begin_late
+loader.leave_signals_to_main = begin_late
 next(tone_loader(Manifest.read(Path(sys.argv[1])), workers=1).epoch(0))
 """
 
