@@ -115,6 +115,28 @@ def test_sorta_grad_begins_with_short_utterances_and_may_be_continued_anywhere(t
     assert [batch_digest(batch) for batch in loader.epoch(0, start=3)] == expected[3:]
 
 
+def test_a_curriculum_begins_with_the_shortest_and_may_be_continued_anywhere(tone_manifest: Manifest) -> None:
+    plain = tone_loader(tone_manifest)
+    loader = AudioDataLoader(plain.dataset, frames_per_batch=60, seed=0, curriculum_epochs=3)
+    assert loader.digest != tone_loader(tone_manifest, frames_per_batch=60).digest
+    ids = [{name for batch in loader.epoch(epoch) for name in batch.ids} for epoch in range(4)]
+    assert [len(seen) for seen in ids] == [10, 15, 18, 20]
+    expected = list(map(batch_digest, loader.epoch(1)))
+    for start in range(len(expected) + 1):
+        assert list(map(batch_digest, loader.epoch(1, start))) == expected[start:]
+
+
+def test_a_curriculum_goes_by_the_lengths_of_its_epoch(tone_manifest: Manifest) -> None:
+    moving = moving_loader(tone_manifest)
+    loader = AudioDataLoader(moving.dataset, frames_per_batch=120, seed=0, curriculum_epochs=1)
+    frames = moving.dataset.frames_in(0)
+    names = {row.id: length for row, length in zip(tone_manifest, frames, strict=True)}
+    seen = {name: names.pop(name) for batch in loader.epoch(0) for name in batch.ids}
+    assert max(seen.values()) <= min(names.values())
+    padded = sum(batch.features[..., 0].numel() for batch in loader.epoch(0))
+    assert loader.padding_in(0) == pytest.approx(1 - sum(seen.values()) / padded)
+
+
 def test_loading_draws_from_no_global_generator(tone_manifest: Manifest) -> None:
     before = torch.get_rng_state()
     for workers in (0, 1):

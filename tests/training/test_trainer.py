@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 import threading
@@ -391,6 +392,23 @@ def test_progress_counts_what_was_consumed(tone_manifest: Manifest) -> None:
     assert progress.micro_step == sum(loader.batches_in(epoch) for epoch in range(EPOCHS))
     assert progress.utterances == EPOCHS * 14
     assert progress.frames == EPOCHS * sum(loader.dataset.frames)
+
+
+def test_the_share_of_padding_is_recorded_at_the_last_step_of_each_epoch(tone_manifest: Manifest) -> None:
+    events = Events()
+    trainer = new_trainer(tone_manifest, callbacks=[events])
+    trainer.start_training()
+    loader = trainer.train_loader
+    assert loader is not None
+    batches = [loader.batches_in(epoch) for epoch in range(EPOCHS)]
+    assert all(count > ACCUMULATION for count in batches)
+    last_steps = itertools.accumulate(-(-count // ACCUMULATION) for count in batches)
+    expected = {step: loader.padding_in(epoch) for epoch, step in enumerate(last_steps)}
+    assert len(set(expected.values())) == EPOCHS
+    found = {step: metrics["padding_share"] for step, metrics in events.metrics if "padding_share" in metrics}
+    assert found == expected
+    padded = sum(batch.features[..., 0].numel() for batch in loader.epoch(1))
+    assert loader.padding_in(1) == pytest.approx(1 - sum(batch.frames for batch in loader.epoch(1)) / padded)
 
 
 # ------------------------------------------------------------------ what callbacks raise
