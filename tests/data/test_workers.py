@@ -13,16 +13,11 @@ import psutil
 import pytest
 import torch
 
-from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError
 from toy import batch_digest, tone_loader
 
 PATIENCE = 60.0
-
-
-def tensors(batch: Batch) -> list[torch.Tensor]:
-    return [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -123,8 +118,7 @@ def test_no_worker_outlives_a_program_that_was_killed_before_it_began(tone_manif
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_of_workers_lie_in_shared_memory(workers: int, tone_manifest: Manifest) -> None:
     for batch in tone_loader(tone_manifest, workers=workers).epoch(0):
-        assert len(tensors(batch)) == 4
-        assert all(tensor.is_shared() == (workers > 0) for tensor in tensors(batch))
+        assert batch.features.is_shared() == (workers > 0)
 
 
 def repeated(manifest: Manifest, times: int) -> Manifest:
@@ -189,7 +183,7 @@ def test_thousands_of_batches_take_no_more_files_and_no_more_memory(tone_manifes
 
 
 def test_who_keeps_too_many_batches_of_workers_is_told_what_to_do(tone_manifest: Manifest, tmp_path: Path) -> None:
-    done = epoch(repeated(tone_manifest, 10), tmp_path, frames=1, keep=True)
+    done = epoch(repeated(tone_manifest, 15), tmp_path, frames=1, keep=True)
     assert done.returncode == 1
     assert "UserError: data.workers is 2, and this process may have 200 files open" in done.stderr
     assert "`ulimit -n" in done.stderr
@@ -205,6 +199,8 @@ def test_a_failure_to_share_is_told(tone_manifest: Manifest, monkeypatch: pytest
     assert list(tone_loader(tone_manifest).epoch(0)), "without workers nothing is shared"
     with pytest.raises(UserError, match=r"data.workers: a batch of .* does not go into /dev/shm, where .* to 0"):
         list(tone_loader(tone_manifest, workers=1).epoch(0))
+    # Though the error, which knows where it came from, is still held.
+    assert not psutil.Process().children()
 
 
 SMALL = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" "$@"')

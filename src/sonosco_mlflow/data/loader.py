@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sonosco_mlflow.data.batching import BatchPlan
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
@@ -107,16 +108,40 @@ class _Epoch(Dataset[Sample | UserError]):
                 return error
 
 
-def _collated(samples: list[Sample | UserError]) -> Batch | UserError:
+@dataclass(frozen=True)
+class _Message:
+    """A batch on its way from a worker.
+
+    Each tensor is fetched from the worker by a request of its own, which it answers when it comes to it. So the
+    features alone lie in shared memory, and the rest is in the message itself.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    features: Tensor
+    numbers: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        share(batch.features)
+        numbers = (batch.feature_lengths.numpy(), batch.tokens.numpy(), batch.token_lengths.numpy())
+        return cls(batch.ids, batch.texts, batch.features, numbers)
+
+    def batch(self) -> Batch:
+        return Batch(self.ids, self.texts, self.features, *map(torch.from_numpy, self.numbers))
+
+
+def _collated(samples: list[Sample | UserError]) -> Batch | _Message | UserError:
     mistake = next((sample for sample in samples if isinstance(sample, UserError)), None)
     if mistake is not None:
         return mistake
     batch = collate([sample for sample in samples if isinstance(sample, Sample)])
+    if get_worker_info() is None:
+        return batch
     try:
-        share((batch.features, batch.feature_lengths, batch.tokens, batch.token_lengths))
+        return _Message.of(batch)
     except UserError as error:
         return error
-    return batch
 
 
 class AudioDataLoader:
@@ -216,11 +241,15 @@ class AudioDataLoader:
         # A worker that has just been forked could be hit before it has said what it does with signals.
         with signals_held_back():
             batches = iter(loader)
-        with open_files_explained(self.workers):
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
+        try:
+            with open_files_explained(self.workers):
+                for batch in batches:
+                    if isinstance(batch, UserError):
+                        raise batch
+                    yield batch.batch() if isinstance(batch, _Message) else batch
+        finally:
+            # The workers end with it, which the traceback of an error would keep.
+            del batches
         if len(mine) * self.ranks < len(left):
             yield _no_utterances(self.dataset.processor.size)
 

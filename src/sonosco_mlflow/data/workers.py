@@ -6,11 +6,10 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from sonosco_mlflow.errors import UserError
 
@@ -49,24 +48,20 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def share(tensors: Sequence[Tensor]) -> None:
-    """Move ``tensors`` to shared memory, in which a worker hands them over; in the main process, leave them.
+def share(tensor: Tensor) -> None:
+    """Move ``tensor`` to shared memory, in which a worker hands it over.
 
-    Torch would do it while it sends them, from a thread whose failure nobody hears of: the main process waits for ever.
+    Torch would do it while it sends it, in a thread whose failure nobody hears of: the main process waits for ever.
 
     Raises:
-        UserError: there is no room for them.
+        UserError: there is no room for it.
     """
-    if get_worker_info() is None:
-        return
     try:
-        for tensor in tensors:
-            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        size = sum(tensor.nbytes for tensor in tensors)
         room = shutil.disk_usage(_SHARED_MEMORY)
         raise UserError(
-            f"data.workers: a batch of {size / 1e6:.1f} MB does not go into {_SHARED_MEMORY}, where "
+            f"data.workers: a batch of {tensor.nbytes / 1e6:.1f} MB does not go into {_SHARED_MEMORY}, where "
             f"{room.free / 1e6:.1f} of {room.total / 1e6:.1f} MB are free ({error}). Each worker keeps up to two "
             f"batches there, and training one: make {_SHARED_MEMORY} larger (`docker run --shm-size=2g`), set fewer "
             "data.workers or a smaller data.frames_per_batch, or set data.workers to 0, which needs none of it"
@@ -75,7 +70,7 @@ def share(tensors: Sequence[Tensor]) -> None:
 
 @contextmanager
 def open_files_explained(workers: int) -> Iterator[None]:
-    """Say what to do where the main process may open no more files: each batch that it keeps of workers' is four.
+    """Say what to do where the main process may open no more files: each batch of a worker's that it keeps is one.
 
     Raises:
         UserError: torch says so in the block.
@@ -88,6 +83,6 @@ def open_files_explained(workers: int) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise UserError(
             f"data.workers is {workers}, and this process may have {soft} files open, which it has: a batch of a "
-            "worker's is four of them as long as it is kept. Keep fewer batches at once, allow more files "
+            "worker's is one of them as long as it is kept. Keep fewer batches at once, allow more files "
             f"(`ulimit -n {hard}` before the start), or set data.workers to 0"
         ) from error
