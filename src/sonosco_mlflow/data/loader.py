@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sonosco_mlflow.data.batching import BatchPlan
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
-from sonosco_mlflow.data.workers import leave_signals_to_main, open_files_explained, share, signals_held_back
+from sonosco_mlflow.data.workers import leave_signals_to_main, one_ahead, open_files_explained, share, signals_held_back
 from sonosco_mlflow.determinism import one_thread
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.text import SpecialToken, Tokenizer
@@ -243,7 +243,7 @@ class AudioDataLoader:
             batches = iter(loader)
         try:
             with open_files_explained(self.workers):
-                for batch in batches:
+                for batch in one_ahead(batches) if self.workers else batches:
                     if isinstance(batch, UserError):
                         raise batch
                     yield batch.batch() if isinstance(batch, _Message) else batch

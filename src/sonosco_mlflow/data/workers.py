@@ -7,11 +7,15 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import Tensor
 
 from sonosco_mlflow.errors import UserError
+
+T = TypeVar("T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -46,6 +50,18 @@ def signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def one_ahead(batches: Iterator[T]) -> Iterator[T]:
+    """Yield ``batches``, and fetch the next one from its worker while the one before is in use.
+
+    It takes a few questions and answers between the processes, each of which waits for its turn on a processor.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def share(tensor: Tensor) -> None:
