@@ -1,7 +1,7 @@
 """Which share of a training's time it waits for data, without a worker and with one.
 
     sonosco data
-    python benchmarks/loader_wait.py [--models tds,las,deepspeech2] [--batches 60] [--rounds 3]
+    python benchmarks/loader_wait.py [--models tds,las,deepspeech2] [--batches 110] [--rounds 3]
 
 The training is that of ``params.yaml`` in its first epoch, from the stored features and, with ``augment.speeds``, from
 the recordings. In a round each has its turn, one right after another, in one process. Waiting is what passes between
@@ -58,7 +58,7 @@ def share_of_waiting(config: Config, loaders: Loaders, batches: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="tds,las,deepspeech2")
-    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--batches", type=int, default=110)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("data"), help="the data folder")
     arguments = parser.parse_args()
