@@ -5,6 +5,7 @@ from pathlib import Path
 from project import make_after_corpus
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.decisive import decisive
 from sonosco_mlflow.recipe import build_loaders
 from toy import tone_corpus, tone_texts
 
@@ -38,3 +39,22 @@ def test_sorta_grad_is_for_the_first_epoch_of_training_alone(tmp_path: Path) -> 
     assert sorted_.train.digest != plain.train.digest
     assert sorted_.validation.digest == plain.validation.digest
     assert sorted_.test.digest == plain.test.digest
+
+
+def test_a_curriculum_is_for_training_alone(tmp_path: Path) -> None:
+    folder = DataFolder(tmp_path)
+    for split in ("train", "dev", "test"):
+        tone_corpus(folder.corpus("default"), tone_texts(12)).write(folder.corpus("default") / f"{split}.jsonl")
+    recipe = {"data": {"frames_per_batch": 120, "processes": 1}, "features": {"n_mels": 8}}
+    plain, config = Config.resolve(recipe, {}), Config.resolve(recipe, {"data.curriculum_epochs": "3"})
+    make_after_corpus(config, folder)
+    loaders, usual = build_loaders(config, folder), build_loaders(plain, folder)
+    counts = [sum(len(batch) for batch in loaders.train.epoch(epoch)) for epoch in range(4)]
+    assert counts == [6, 9, 11, 12]
+    assert loaders.train.digest != usual.train.digest
+    assert loaders.validation.digest == usual.validation.digest
+    assert sum(len(batch) for batch in loaders.validation.epoch(0)) == 12
+    assert loaders.test.digest == usual.test.digest
+    # A run from before the key was there goes on.
+    assert "data.curriculum_epochs" not in decisive(plain.model_dump(mode="json"), is_recipe=True)
+    assert decisive(config.model_dump(mode="json"), is_recipe=True)["data.curriculum_epochs"] == 3

@@ -1,5 +1,6 @@
 """A tiny spoken language for tests: each letter is a tone, and a model that learns it in seconds."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,14 @@ def tone_loader(
     augmentation = None if seed is None else SpecAugment(1, 5, 0.3, 1, 2)
     dataset = AudioDataset(manifest, PROCESSOR, TOKENIZER, augmentation=augmentation, seed=seed or 0)
     return AudioDataLoader(dataset, frames_per_batch=frames_per_batch, seed=seed, workers=workers)
+
+
+def batch_digest(batch: Batch) -> str:
+    """Hexadecimal sha256 of all that a batch holds."""
+    content = hashlib.sha256(repr((batch.ids, batch.texts)).encode())
+    for tensor in (batch.features, batch.feature_lengths, batch.tokens, batch.token_lengths):
+        content.update(repr((tensor.dtype, tensor.shape)).encode() + tensor.numpy().tobytes())
+    return content.hexdigest()
 
 
 @dataclass(frozen=True)

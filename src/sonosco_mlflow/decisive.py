@@ -25,6 +25,7 @@ NOT_DECISIVE: tuple[str, ...] = (
 # from before goes on. Names of keys, and of sections.
 LATER = (
     *("tokenizer", "augment.speeds", "augment.noise_snr", "augment.noise_share", "data.sorta_grad", "decoding"),
+    "data.curriculum_epochs",
     *("augment.gain", "augment.pitch", "augment.shift", "augment.reverberation_share"),
     *("features.kind", "features.n_mfcc", "data.skip", "data.normalisation"),
     *("training.precision", "training.ema_decay", "training.average", "training.average_checkpoints"),

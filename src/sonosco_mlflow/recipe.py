@@ -124,6 +124,7 @@ def build_loader(config: Config, folder: DataFolder, split: str, *, training: bo
         seed=config.training.seed if training else None,
         workers=config.data.workers,
         sorta_grad=training and config.data.sorta_grad,
+        curriculum_epochs=config.data.curriculum_epochs if training else 0,
     )
 
 

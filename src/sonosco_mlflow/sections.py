@@ -45,8 +45,9 @@ class Data(Section):
 
     Utterances in which one of the checks in ``skip`` finds something are left out; nothing is where it is empty.
     ``normalisation`` is by the statistics of the training split (``corpus``), or each ``utterance``'s own after that.
-    ``sorta_grad`` has the first epoch go from short utterances to long ones. Features are computed in so many
-    ``processes``, or on the ``cluster`` of dask's with this address.
+    ``sorta_grad`` has the first epoch go from short utterances to long ones; the first ``curriculum_epochs`` have only
+    the shortest utterances, more from one to the next. Features are computed in so many ``processes``, or on the
+    ``cluster`` of dask's with this address.
     """
 
     corpora: Annotated[dict[CorpusName, Corpus], Field(min_length=1)] = Field(
@@ -56,6 +57,7 @@ class Data(Section):
     normalisation: Literal["corpus", "utterance"] = "corpus"
     frames_per_batch: Positive = 6000
     sorta_grad: bool = False
+    curriculum_epochs: NotNegative = 0
     workers: NotNegative = 0
     processes: Positive = 2
     cluster: str | None = None

@@ -1,14 +1,7 @@
-import hashlib
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import soundfile
 import torch
@@ -16,26 +9,18 @@ import torch
 from sonosco_mlflow.data.augment import Noise, SpeedPerturbation
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
 from sonosco_mlflow.data.extraction import extract_features
-from sonosco_mlflow.data.loader import AudioDataLoader, Batch, collate
+from sonosco_mlflow.data.loader import AudioDataLoader, collate
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError, describe_failure
 from sonosco_mlflow.text import SpecialToken
-from toy import PROCESSOR, TOKENIZER, tone_loader
-
-PATIENCE = 60.0
-
-
-def digest(batch: Batch) -> str:
-    content = hashlib.sha256(repr((batch.ids, batch.texts)).encode())
-    for tensor in (batch.features, batch.feature_lengths, batch.tokens, batch.token_lengths):
-        content.update(repr((tensor.dtype, tensor.shape)).encode() + tensor.numpy().tobytes())
-    return content.hexdigest()
+from toy import PROCESSOR, TOKENIZER, batch_digest, tone_loader
 
 
 def test_any_number_of_workers_gives_the_same_batches(tone_manifest: Manifest, tmp_path: Path) -> None:
     digests = {
         workers: [
-            [digest(batch) for batch in tone_loader(tone_manifest, workers=workers).epoch(epoch)] for epoch in (0, 1)
+            [batch_digest(batch) for batch in tone_loader(tone_manifest, workers=workers).epoch(epoch)]
+            for epoch in (0, 1)
         ]
         for workers in (0, 1, 2)
     }
@@ -57,9 +42,11 @@ def test_batches_are_planned_by_the_lengths_of_their_epoch(tone_manifest: Manife
         assert len(batches) == loader.batches_in(epoch)
         assert sorted(name for batch in batches for name in batch.ids) == sorted(item.id for item in tone_manifest)
         assert all(batch.features[..., 0].numel() <= 120 or len(batch) == 1 for batch in batches)
-        later = list(map(digest, loader.epoch(epoch, start=3)))
-        assert later == list(map(digest, batches))[3:]
-        assert list(map(digest, moving_loader(tone_manifest, workers=2).epoch(epoch))) == list(map(digest, batches))
+        later = list(map(batch_digest, loader.epoch(epoch, start=3)))
+        assert later == list(map(batch_digest, batches))[3:]
+        assert list(map(batch_digest, moving_loader(tone_manifest, workers=2).epoch(epoch))) == list(
+            map(batch_digest, batches)
+        )
     # Were they planned by the recordings, a batch of slowed ones would be larger than is allowed.
     frames = loader.dataset.frames_in(0)
     planned = loader.plan.batches(0)
@@ -81,7 +68,7 @@ def test_batches_do_not_depend_on_the_number_of_threads_that_training_has(tmp_pa
     for count in (1, 8):
         torch.set_num_threads(count)
         try:
-            found.append(list(map(digest, loader.epoch(0))))
+            found.append(list(map(batch_digest, loader.epoch(0))))
             assert torch.get_num_threads() == count
         finally:
             torch.set_num_threads(threads)
@@ -90,110 +77,18 @@ def test_batches_do_not_depend_on_the_number_of_threads_that_training_has(tmp_pa
 
 def test_workers_read_a_store_alike(tone_manifest: Manifest, tmp_path: Path) -> None:
     loader = tone_loader(tone_manifest)
-    expected = [digest(batch) for batch in loader.epoch(0)]
+    expected = [batch_digest(batch) for batch in loader.epoch(0)]
     loader.dataset.store = extract_features(tone_manifest, PROCESSOR, tmp_path)
-    assert [digest(batch) for batch in loader.epoch(0)] == expected
+    assert [batch_digest(batch) for batch in loader.epoch(0)] == expected
     loader.workers = 2
-    assert [digest(batch) for batch in loader.epoch(0)] == expected
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_leave_it_to_the_main_process_to_obey_a_signal(number: signal.Signals, tone_manifest: Manifest) -> None:
-    expected = [digest(batch) for batch in tone_loader(tone_manifest).epoch(0)]
-    batches = tone_loader(tone_manifest, workers=2).epoch(0)
-    found = [digest(next(batches))]
-    workers = [str(child.pid) for child in psutil.Process().children()]
-    assert len(workers) == 2
-    # By another process, as a terminal or a scheduler sends it.
-    subprocess.run(["kill", f"-{int(number)}", *workers], check=True)
-    found.extend(digest(batch) for batch in batches)
-    assert found == expected
-    assert not psutil.Process().children()
-
-
-HOLDING = """
-import sys
-from pathlib import Path
-from sonosco_mlflow.data.manifest import Manifest, Utterance
-from toy import tone_loader
-
-batches = tone_loader(Manifest.read(Path(sys.argv[1])), workers=2).epoch(0)
-next(batches)
-print("loading", flush=True)
-sys.stdin.read()
-"""
-
-
-def end_of_input(program: "subprocess.Popen[str]") -> None:
-    assert program.stdin is not None
-    program.stdin.close()
-
-
-@pytest.mark.parametrize(("end", "status"), [(end_of_input, 0), (subprocess.Popen.kill, -signal.SIGKILL)])
-def test_no_worker_outlives_a_program_that_ends_in_the_middle_of_an_epoch(
-    end: Callable[["subprocess.Popen[str]"], None], status: int, tone_manifest: Manifest, tmp_path: Path
-) -> None:
-    manifest = tmp_path / "manifest.jsonl"
-    tone_manifest.write(manifest)
-    command = [sys.executable, "-c", HOLDING, str(manifest)]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables) as program:
-        assert program.stdout is not None
-        try:
-            assert program.stdout.readline() == "loading\n"
-            workers = psutil.Process(program.pid).children()
-            end(program)
-            assert len(workers) == 2
-            assert program.wait(PATIENCE) == status
-            assert not psutil.wait_procs(workers, PATIENCE)[1]
-        finally:
-            program.kill()
-
-
-# A worker that comes to its first line when its program has been killed.
-LATE = """
-import os, sys, time
-from pathlib import Path
-from sonosco_mlflow.data import loader
-from sonosco_mlflow.data.manifest import Manifest, Utterance
-from toy import tone_loader
-
-main, begin = os.getpid(), loader._leave_signals_to_main
-
-def begin_late(worker):
-    print(os.getpid(), flush=True)
-    while os.getppid() == main:
-        time.sleep(0.01)
-    begin(worker)
-
-loader._leave_signals_to_main = begin_late
-next(tone_loader(Manifest.read(Path(sys.argv[1])), workers=1).epoch(0))
-"""
-
-
-def test_no_worker_outlives_a_program_that_was_killed_before_it_began(tone_manifest: Manifest, tmp_path: Path) -> None:
-    manifest = tmp_path / "manifest.jsonl"
-    tone_manifest.write(manifest)
-    command = [sys.executable, "-c", LATE, str(manifest)]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, env=variables) as program:
-        try:
-            assert program.stdout is not None
-            worker = psutil.Process(int(program.stdout.readline()))
-        finally:
-            program.kill()
-        try:
-            assert not psutil.wait_procs([worker], PATIENCE)[1]
-        finally:
-            if worker.is_running():
-                worker.kill()
+    assert [batch_digest(batch) for batch in loader.epoch(0)] == expected
 
 
 def test_an_epoch_begins_at_any_batch_without_those_before(
     tone_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = tone_loader(tone_manifest)
-    expected = [digest(batch) for batch in loader.epoch(1)]
+    expected = [batch_digest(batch) for batch in loader.epoch(1)]
     assert loader.batches_in(1) == len(expected) > 4
     loaded: list[int] = []
     original = type(loader.dataset).sample
@@ -205,7 +100,7 @@ def test_an_epoch_begins_at_any_batch_without_those_before(
     monkeypatch.setattr(type(loader.dataset), "sample", counting)
     for start in range(len(expected) + 1):
         loaded.clear()
-        assert [digest(batch) for batch in loader.epoch(1, start)] == expected[start:]
+        assert [batch_digest(batch) for batch in loader.epoch(1, start)] == expected[start:]
         assert len(loaded) == sum(map(len, loader.plan.batches(1)[start:]))
 
 
@@ -216,8 +111,30 @@ def test_sorta_grad_begins_with_short_utterances_and_may_be_continued_anywhere(t
     longest = [int(batch.feature_lengths.max()) for batch in loader.epoch(0)]
     assert longest == sorted(longest)
     assert [batch.ids for batch in loader.epoch(1)] == [batch.ids for batch in plain.epoch(1)]
-    expected = [digest(batch) for batch in loader.epoch(0)]
-    assert [digest(batch) for batch in loader.epoch(0, start=3)] == expected[3:]
+    expected = [batch_digest(batch) for batch in loader.epoch(0)]
+    assert [batch_digest(batch) for batch in loader.epoch(0, start=3)] == expected[3:]
+
+
+def test_a_curriculum_begins_with_the_shortest_and_may_be_continued_anywhere(tone_manifest: Manifest) -> None:
+    plain = tone_loader(tone_manifest)
+    loader = AudioDataLoader(plain.dataset, frames_per_batch=60, seed=0, curriculum_epochs=3)
+    assert loader.digest != tone_loader(tone_manifest, frames_per_batch=60).digest
+    ids = [{name for batch in loader.epoch(epoch) for name in batch.ids} for epoch in range(4)]
+    assert [len(seen) for seen in ids] == [10, 15, 18, 20]
+    expected = list(map(batch_digest, loader.epoch(1)))
+    for start in range(len(expected) + 1):
+        assert list(map(batch_digest, loader.epoch(1, start))) == expected[start:]
+
+
+def test_a_curriculum_goes_by_the_lengths_of_its_epoch(tone_manifest: Manifest) -> None:
+    moving = moving_loader(tone_manifest)
+    loader = AudioDataLoader(moving.dataset, frames_per_batch=120, seed=0, curriculum_epochs=1)
+    frames = moving.dataset.frames_in(0)
+    names = {row.id: length for row, length in zip(tone_manifest, frames, strict=True)}
+    seen = {name: names.pop(name) for batch in loader.epoch(0) for name in batch.ids}
+    assert max(seen.values()) <= min(names.values())
+    padded = sum(batch.features[..., 0].numel() for batch in loader.epoch(0))
+    assert loader.padding_in(0) == pytest.approx(1 - sum(seen.values()) / padded)
 
 
 def test_loading_draws_from_no_global_generator(tone_manifest: Manifest) -> None:
@@ -236,7 +153,7 @@ def test_an_epoch_has_every_utterance_once_within_the_budget(tone_manifest: Mani
 
 def test_evaluation_gives_the_same_batches_in_every_epoch(tone_manifest: Manifest) -> None:
     loader = tone_loader(tone_manifest, seed=None)
-    assert [digest(batch) for batch in loader] == [digest(batch) for batch in loader.epoch(3)]
+    assert [batch_digest(batch) for batch in loader] == [batch_digest(batch) for batch in loader.epoch(3)]
 
 
 def test_a_batch_is_padded_with_zeros_and_the_padding_token() -> None:

@@ -111,6 +111,19 @@ def test_an_average_of_the_weights(tone_manifest: Manifest, name: str) -> None:
     assert_exact_resume(maker(tone_manifest, name, callbacks=callbacks))
 
 
+def test_a_curriculum(tone_manifest: Manifest) -> None:
+    def train_loader(model: nn.Module) -> AudioDataLoader:
+        dataset = training_loader(tone_manifest).dataset
+        return AudioDataLoader(dataset, frames_per_batch=100, seed=0, sorta_grad=True, curriculum_epochs=2)
+
+    make_trainer = maker(tone_manifest, train_loader=train_loader, epochs=3, callbacks=lambda model: [CosineDecay()])
+    trainer = make_trainer()
+    assert trainer.train_loader is not None
+    batches = [trainer.train_loader.batches_in(epoch) for epoch in range(3)]
+    assert batches == sorted(set(batches))
+    assert assert_exact_resume(make_trainer) == sum(batches) + 1
+
+
 def test_other_recordings_and_other_spellings_in_each_epoch(tone_manifest: Manifest) -> None:
     pieces = WordPieceTokenizer(["▁", *"ABCDE", "AB", "BC", "CD", "DE", "EA"], [-3.0] * 6 + [-5.0] * 5)
     changes = (SpeedPerturbation(), Noise(10, 20))

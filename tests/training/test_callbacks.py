@@ -225,7 +225,9 @@ def test_history_keeps_curves_but_no_timings(tone_manifest: Manifest) -> None:
     history = History()
     trainer = new_trainer(tone_manifest, EpochTimeEstimate(), history)
     trainer.start_training()
-    assert history.names() == ["gradient_norm", "learning_rate", "train_loss", "val_loss", "val_word_error_rate"]
+    assert history.names() == [
+        *("gradient_norm", "learning_rate", "padding_share", "train_loss", "val_loss", "val_word_error_rate")
+    ]
     steps, values = history.curve("train_loss")
     assert steps == list(range(1, trainer.progress.step + 1))
     assert len(values) == len(steps)

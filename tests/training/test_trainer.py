@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sonosco_mlflow.data.loader import Batch
+from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.determinism import generator_states
 from sonosco_mlflow.errors import UserError
@@ -391,6 +392,22 @@ def test_progress_counts_what_was_consumed(tone_manifest: Manifest) -> None:
     assert progress.micro_step == sum(loader.batches_in(epoch) for epoch in range(EPOCHS))
     assert progress.utterances == EPOCHS * 14
     assert progress.frames == EPOCHS * sum(loader.dataset.frames)
+
+
+def test_the_share_of_padding_is_recorded_at_the_last_step_of_each_epoch(tone_manifest: Manifest) -> None:
+    events = Events()
+    dataset = tone_loader(tone_manifest).dataset
+    loader = AudioDataLoader(dataset, frames_per_batch=150, seed=0, curriculum_epochs=1)
+    new_trainer(tone_manifest, callbacks=[events], train_loader=loader, accumulation=2).start_training()
+    batches = [loader.batches_in(epoch) for epoch in range(EPOCHS)]
+    assert all(count > 2 for count in batches)
+    last_steps = itertools.accumulate(-(-count // 2) for count in batches)
+    expected = {step: loader.padding_in(epoch) for epoch, step in enumerate(last_steps)}
+    assert len(set(expected.values())) == EPOCHS, expected
+    found = {step: metrics["padding_share"] for step, metrics in events.metrics if "padding_share" in metrics}
+    assert found == expected
+    padded = sum(batch.features[..., 0].numel() for batch in loader.epoch(1))
+    assert loader.padding_in(1) == pytest.approx(1 - sum(batch.frames for batch in loader.epoch(1)) / padded)
 
 
 # ------------------------------------------------------------------ what callbacks raise

@@ -12,6 +12,7 @@ carried from one batch or epoch to the next: batch 400 of epoch 7 is known witho
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,9 @@ class BatchPlan:
             epochs at a small cost in padding.
         sorta_grad: whether the batches of the first epoch come in the order of their longest utterances, the shortest
             first (Amodei et al. 2016, section 3.3): early in training, CTC goes astray on long utterances.
+        curriculum_epochs: number of epochs, from the first on, that see the shortest utterances alone, more of them
+            from one to the next: epoch ``e`` of ``n`` has the share ``sqrt((e + 1) / (n + 1))``, which is the square
+            root competence of Platanios et al. 2019 with an epoch for its step; epoch ``n`` has all.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class BatchPlan:
         seed: int | None = None,
         jitter: float = 0.05,
         sorta_grad: bool = False,
+        curriculum_epochs: int = 0,
     ) -> None:
         if frames_per_batch < 1:
             raise UserError(f"data.frames_per_batch is {frames_per_batch}, expected at least 1")
@@ -48,13 +53,15 @@ class BatchPlan:
         self.seed = seed
         self.jitter = jitter
         self.sorta_grad = sorta_grad
+        self.curriculum_epochs = curriculum_epochs
 
     @property
     def digest(self) -> str:
         """Hexadecimal sha256 of all that the batches depend on."""
-        # Runs from before there was SortaGrad have its digest without it.
-        order = ["sorta_grad"] if self.sorta_grad else []
-        settings = json.dumps([self.frames_per_batch, self.seed, self.jitter, *order]).encode()
+        # What came later counts only where it is used: a run from before has the digest of then.
+        order: list[object] = ["sorta_grad"] if self.sorta_grad else []
+        share = [{"curriculum_epochs": self.curriculum_epochs}] if self.curriculum_epochs else []
+        settings = json.dumps([self.frames_per_batch, self.seed, self.jitter, *order, *share]).encode()
         return hashlib.sha256(settings + self.frames.astype("<i8").tobytes()).hexdigest()
 
     def with_frames(self, frames: Sequence[int]) -> "BatchPlan":
@@ -64,12 +71,15 @@ class BatchPlan:
         return plan
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Return the batches of ``epoch``, each a list of positions in the manifest, every position once."""
+        """Return the batches of ``epoch``, each a list of positions in the manifest.
+
+        Every position is in them once; in an epoch of the curriculum, every one of the shortest.
+        """
         if self.seed is None:
             return self._cut(np.argsort(self.frames, kind="stable"))
         stream = random_stream(self.seed, "batches", epoch)
         noise = 1.0 + self.jitter * (2.0 * stream.random(len(self.frames)) - 1.0)
-        batches = self._cut(np.argsort(self.frames * noise, kind="stable"))
+        batches = self._cut(self._of_curriculum(np.argsort(self.frames * noise, kind="stable"), epoch))
         if self.sorta_grad and epoch == 0:
             return sorted(batches, key=lambda batch: int(self.frames[batch].max()))
         # argsort of uniform draws rather than permutation(): uniform draws are the same on every instruction set.
@@ -77,19 +87,32 @@ class BatchPlan:
 
     def padding(self, epoch: int) -> float:
         """Return the share of frames in ``epoch`` that are padding, in [0, 1)."""
-        batches = self.batches(epoch)
-        padded = sum(len(batch) * int(self.frames[batch].max()) for batch in batches)
-        return 1.0 - float(self.frames.sum()) / padded if padded else 0.0
+        frames = padded = 0
+        for batch in self.batches(epoch):
+            lengths = self.frames[batch]
+            frames += int(lengths.sum())
+            padded += len(batch) * int(lengths.max())
+        return 1.0 - frames / padded if padded else 0.0
+
+    def _of_curriculum(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """Return of ``order``, positions, those that ``epoch`` sees, in this order."""
+        if epoch >= self.curriculum_epochs:
+            return order
+        share = math.sqrt((epoch + 1) / (self.curriculum_epochs + 1))
+        seen = np.zeros(len(order), dtype=bool)
+        seen[np.argsort(self.frames, kind="stable")[: math.ceil(share * len(order))]] = True
+        return np.compress(seen[order], order)
 
     def _cut(self, order: np.ndarray) -> list[list[int]]:
         batches: list[list[int]] = []
         longest = 0
-        for position in order.tolist():
-            longest_with = max(longest, int(self.frames[position]))
+        # Numbers of Python's: to look at NumPy's one by one takes twice as long.
+        for position, frames in zip(order.tolist(), self.frames[order].tolist(), strict=True):
+            longest_with = max(longest, frames)
             if batches and longest_with * (len(batches[-1]) + 1) <= self.frames_per_batch:
                 batches[-1].append(position)
                 longest = longest_with
             else:
                 batches.append([position])
-                longest = int(self.frames[position])
+                longest = frames
         return batches

@@ -11,7 +11,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -20,7 +20,8 @@ from sonosco_mlflow.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_WAITING_FOR_EACH_CORE = 4
+# Tasks that are out for each worker: so many keep it busy.
+_WAITING_FOR_EACH = 4
 
 
 class Executor(Protocol):
@@ -47,8 +48,9 @@ class Processes:
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """Yield the results; see :class:`Executor`."""
-        with multiprocessing.get_context("fork").Pool(min(self.count, max(len(tasks), 1)), _start_worker) as pool:
-            yield from pool.imap(function, tasks)
+        count = min(self.count, max(len(tasks), 1))
+        with multiprocessing.get_context("fork").Pool(count, _start_worker) as pool:
+            yield from _results(lambda task: pool.apply_async(function, (task,)).get, tasks, _WAITING_FOR_EACH * count)
 
 
 class Cluster:
@@ -62,7 +64,7 @@ class Cluster:
         self.address = address
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Yield the results; see :class:`Executor`. Only so many tasks are out at once as keep the workers busy.
+        """Yield the results; see :class:`Executor`.
 
         Raises:
             UserError: ``dask.distributed`` is not installed, or no scheduler answers.
@@ -79,15 +81,26 @@ class Cluster:
         except (OSError, ValueError) as error:
             raise UserError(f"data.cluster: no scheduler of dask's answers at '{self.address}' ({error})") from error
         with client:
-            most = _WAITING_FOR_EACH_CORE * max(sum(client.ncores().values()), 1)
-            waiting: deque[Any] = deque()
-            for task in tasks:
-                # Not pure: dask would take equal tasks for one, and remember results.
-                waiting.append(client.submit(_on_one_thread, function, task, pure=False))
-                if len(waiting) >= most:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            most = _WAITING_FOR_EACH * max(sum(client.ncores().values()), 1)
+            # Not pure: dask would take equal tasks for one, and remember results.
+            yield from _results(
+                lambda task: client.submit(_on_one_thread, function, task, pure=False).result, tasks, most
+            )
+
+
+def _results(submit: Callable[[Task], Callable[[], Result]], tasks: Sequence[Task], most: int) -> Iterator[Result]:
+    """Yield the tasks' results in their order; ``submit`` has one begun, and returns what waits for its result.
+
+    No more than ``most`` are out at once, done or not: were the workers quicker than who takes the results, these would
+    fill the memory.
+    """
+    waiting: deque[Callable[[], Result]] = deque()
+    for task in tasks:
+        waiting.append(submit(task))
+        if len(waiting) >= most:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
 
 
 def _start_worker() -> None:

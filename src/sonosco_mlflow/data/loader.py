@@ -2,24 +2,28 @@
 
 The cursor is an argument: ``loader.epoch(3, start=120)`` begins at batch 120 of epoch 3 without touching the 120
 before it. What a worker prefetched is nobody's state; the consumer counts what it consumed.
+
+Where several processes train, each has a part of the same batches in the same order::
+
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    loader = AudioDataLoader(dataset, frames_per_batch=6000, seed=0, rank=rank, ranks=ranks)
+    for step, batch in enumerate(loader.epoch(3, start=120)):
+        ...  # batch 120 + step * ranks + rank; 120 + (step + 1) * ranks is where all of them go on
 """
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sonosco_mlflow.data.batching import BatchPlan
 from sonosco_mlflow.data.dataset import AudioDataset, Sample
+from sonosco_mlflow.data.workers import leave_signals_to_main, one_ahead, open_files_explained, share, signals_held_back
 from sonosco_mlflow.determinism import one_thread
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.text import SpecialToken, Tokenizer
@@ -27,7 +31,7 @@ from sonosco_mlflow.text import SpecialToken, Tokenizer
 
 @dataclass(frozen=True)
 class Batch:
-    """Utterances padded to a common length.
+    """Utterances padded to a common length; of none, where another rank has the last batch of an epoch.
 
     Attributes:
         ids: utterance ids.
@@ -80,6 +84,11 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+def _no_utterances(size: int) -> Batch:
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch([], [], torch.zeros(0, 0, size), none, none.reshape(0, 0), none)
+
+
 class _Epoch(Dataset[Sample | UserError]):
     """The dataset as one epoch sees it: the epoch is a key of the augmentation.
 
@@ -99,43 +108,40 @@ class _Epoch(Dataset[Sample | UserError]):
                 return error
 
 
-def _collated(samples: list[Sample | UserError]) -> Batch | UserError:
-    mistake = next((sample for sample in samples if isinstance(sample, UserError)), None)
-    return mistake or collate([sample for sample in samples if isinstance(sample, Sample)])
+@dataclass(frozen=True)
+class _Message:
+    """A batch on its way from a worker.
 
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SECONDS_BETWEEN_LOOKS = 2.0
-
-
-def _leave_signals_to_main(worker: int) -> None:
-    """Let a worker go on when the whole process group is told to stop: the main process finishes its step first.
-
-    To torch a worker that a signal ends is an error, which it raises in the middle of a step. The main process alone
-    may end a worker by SIGTERM, as torch does with those that hang. Torch's workers look whether their parent still is
-    the one that they began with, and so never miss one that was killed before they had begun: here they end too.
+    Each tensor is fetched from the worker by a request of its own, which it answers when it comes to it. So the
+    features alone lie in shared memory, and the rest is in the message itself.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    main = multiprocessing.parent_process()
-    assert main is not None
-    threading.Thread(target=_end_with, args=[main.pid], daemon=True).start()
+
+    ids: list[str]
+    texts: list[str]
+    features: Tensor
+    numbers: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        share(batch.features)
+        numbers = (batch.feature_lengths.numpy(), batch.tokens.numpy(), batch.token_lengths.numpy())
+        return cls(batch.ids, batch.texts, batch.features, numbers)
+
+    def batch(self) -> Batch:
+        return Batch(self.ids, self.texts, self.features, *map(torch.from_numpy, self.numbers))
 
 
-def _end_with(main: int) -> None:
-    told = None
-    while os.getppid() == main and (told is None or told.si_pid != main):
-        told = signal.sigtimedwait([signal.SIGTERM], _SECONDS_BETWEEN_LOOKS)
-    os._exit(0)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Deliver signals after the block; processes that are forked in it inherit that they wait."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+def _collated(samples: list[Sample | UserError]) -> Batch | _Message | UserError:
+    mistake = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    if mistake is not None:
+        return mistake
+    batch = collate([sample for sample in samples if isinstance(sample, Sample)])
+    if get_worker_info() is None:
+        return batch
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return _Message.of(batch)
+    except UserError as error:
+        return error
 
 
 class AudioDataLoader:
@@ -147,6 +153,12 @@ class AudioDataLoader:
         seed: key of the order; None orders by length, the same in every epoch (evaluation).
         workers: processes that load ahead; the batches do not depend on it. 0 loads in this process.
         sorta_grad: whether the first epoch goes from short utterances to long ones.
+        curriculum_epochs: epochs at the beginning that see only the shortest utterances, more from one to the next.
+        rank: which of the processes that train together this is, from 0 on.
+        ranks: how many these are. The order of the batches does not depend on it.
+
+    Raises:
+        UserError: there is no such rank, or ``frames_per_batch`` is below 1.
     """
 
     def __init__(
@@ -157,10 +169,19 @@ class AudioDataLoader:
         seed: int | None = None,
         workers: int = 0,
         sorta_grad: bool = False,
+        curriculum_epochs: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        if not 0 <= rank < ranks:
+            raise UserError(f"rank is {rank} of {ranks} ranks, expected at least 0 and less than their number")
         self.dataset = dataset
         self.workers = workers
-        self.plan = BatchPlan(dataset.frames, frames_per_batch, seed, sorta_grad=sorta_grad)
+        self.rank = rank
+        self.ranks = ranks
+        self.plan = BatchPlan(
+            dataset.frames, frames_per_batch, seed, sorta_grad=sorta_grad, curriculum_epochs=curriculum_epochs
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -169,40 +190,72 @@ class AudioDataLoader:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal sha256 of all that the batches depend on; the number of workers is none of it."""
+        """Hexadecimal sha256 of all that the batches depend on; the numbers of workers and ranks are none of it."""
         return hashlib.sha256(f"{self.dataset.digest} {self.plan.digest}".encode()).hexdigest()
 
     def batches_in(self, epoch: int) -> int:
-        """Return the number of batches of ``epoch``."""
-        return len(self._batches(epoch))
+        """Return the number of batches of ``epoch``, of all ranks together."""
+        return len(self._plan_of(epoch).batches(epoch))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of ``epoch`` from number ``start`` on.
+    def padding_in(self, epoch: int) -> float:
+        """Return the share of frames in the batches of ``epoch``, of all ranks together, that are padding."""
+        return self._plan_of(epoch).padding(epoch)
+
+    def require_all_batches(self) -> None:
+        """Refuse to be a part of the batches where all of them are wanted.
 
         Raises:
-            UserError: an utterance of the next batch cannot be read; the same, whichever process would read it.
+            UserError: there are several ranks.
         """
+        if self.ranks > 1:
+            raise UserError(
+                f"the loader gives rank {self.rank} of {self.ranks} its part of the batches, where one process goes "
+                "through all of them; make it without rank and ranks"
+            )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of ``epoch`` from number ``start`` on; of several ranks, each yields every so many.
+
+        All ranks yield equally many. Where the last step has no batch left for a rank, it yields one of no utterances,
+        ``len(batch) == 0``, so that no rank waits for another and no utterance is left out or comes twice.
+
+        Args:
+            epoch: number of the epoch.
+            start: batches of it that all ranks together are done with, however many these were.
+
+        Raises:
+            UserError: an utterance of the next batch cannot be read, the same whichever process would read it; or the
+                workers lack shared memory or files.
+        """
+        left = self._plan_of(epoch).batches(epoch)[start:]
+        mine = left[self.rank :: self.ranks]
         loader = DataLoader(
             _Epoch(self.dataset, epoch),
-            batch_sampler=self._batches(epoch)[start:],
+            batch_sampler=mine,
             collate_fn=_collated,
             num_workers=self.workers,
-            worker_init_fn=_leave_signals_to_main,
+            worker_init_fn=leave_signals_to_main,
             # A generator of its own: the DataLoader would otherwise draw a seed from torch's global one.
             generator=torch.Generator(),
         )
         # A worker that has just been forked could be hit before it has said what it does with signals.
-        with _signals_held_back():
+        with signals_held_back():
             batches = iter(loader)
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            with open_files_explained(self.workers):
+                for batch in one_ahead(batches) if self.workers else batches:
+                    if isinstance(batch, UserError):
+                        raise batch
+                    yield batch.batch() if isinstance(batch, _Message) else batch
+        finally:
+            # The workers end with it, which the traceback of an error would keep.
+            del batches
+        if len(mine) * self.ranks < len(left):
+            yield _no_utterances(self.dataset.processor.size)
 
-    def _batches(self, epoch: int) -> list[list[int]]:
+    def _plan_of(self, epoch: int) -> BatchPlan:
         frames = self.dataset.frames_in(epoch)
-        plan = self.plan if frames is self.dataset.frames else self.plan.with_frames(frames)
-        return plan.batches(epoch)
+        return self.plan if frames is self.dataset.frames else self.plan.with_frames(frames)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)

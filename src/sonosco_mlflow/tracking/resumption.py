@@ -39,7 +39,7 @@ from sonosco_mlflow.tracking.tags import (
     STATE,
     number_of,
 )
-from sonosco_mlflow.training.callbacks.base import STEP_METRICS
+from sonosco_mlflow.training.callbacks.base import EPOCH_METRICS, STEP_METRICS
 
 if TYPE_CHECKING:
     from sonosco_mlflow.training.callbacks.history import History
@@ -226,7 +226,7 @@ class Resumption:
             return []
         directory = self.checkpoint.directory
         trained = self.checkpoint.state["trainer"]
-        names = [*STEP_METRICS, *(trained["validation"] or {}).get("metrics", {})]
+        names = [*STEP_METRICS, *EPOCH_METRICS, *(trained["validation"] or {}).get("metrics", {})]
         micro_step, step = trained["progress"]["micro_step"], trained["progress"]["step"]
         places: dict[str, Callable[[], list[Row]]] = {}
         if is_delivered(self.tracked, directory.name, (directory / MANIFEST).read_bytes()):

@@ -24,7 +24,7 @@ from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.training.averaging import borrowed_weights
-from sonosco_mlflow.training.callbacks.base import STEP_METRICS, Callback
+from sonosco_mlflow.training.callbacks.base import EPOCH_METRICS, STEP_METRICS, Callback
 from sonosco_mlflow.training.callbacks.dispatch import (
     callbacks_state,
     emit,
@@ -233,6 +233,7 @@ class ModelTrainer:
                 break
 
     def _require_batches(self, loader: AudioDataLoader) -> None:
+        loader.require_all_batches()
         progress = self.progress
         batches = loader.batches_in(progress.epoch)
         if batches == 0:
@@ -264,10 +265,10 @@ class ModelTrainer:
         progress.micro_step += 1
         progress.utterances += len(batch)
         progress.frames += batch.frames
-        stepped = progress.batch % self.accumulation == 0 or progress.batch == batches
-        if stepped:
-            self._optimizer_step(seconds=time.perf_counter() - started)
         epoch_ended = progress.batch == batches
+        stepped = progress.batch % self.accumulation == 0 or epoch_ended
+        if stepped:
+            self._optimizer_step(time.perf_counter() - started, self._epoch_metrics() if epoch_ended else {})
         if epoch_ended:
             progress.epoch, progress.batch = progress.epoch + 1, 0
         if stepped and self._validation_is_due(epoch_ended):
@@ -296,7 +297,11 @@ class ModelTrainer:
         first = self.progress.batch - self.progress.batch % self.accumulation
         return batches, min(self.accumulation, batches - first)
 
-    def _optimizer_step(self, seconds: float) -> None:
+    def _epoch_metrics(self) -> dict[str, float]:
+        assert self.train_loader is not None
+        return dict(zip(EPOCH_METRICS, [self.train_loader.padding_in(self.progress.epoch)], strict=True))
+
+    def _optimizer_step(self, seconds: float, more: Mapping[str, float]) -> None:
         self.precision.unscale(self.optimizer)
         emit(self, "on_gradients")
         norm = clip_gradients(self.optimizer, self.model, self.gradient_clip)
@@ -308,7 +313,7 @@ class ModelTrainer:
         emit(self, "on_step_end")
         rate = self.optimizer.param_groups[0]["lr"]
         values = (self._window_loss, rate, norm, self._window_utterances / seconds)
-        self.record(dict(zip(STEP_METRICS, values, strict=True)))
+        self.record({**dict(zip(STEP_METRICS, values, strict=True)), **more})
         self._window_loss, self._window_utterances = 0.0, 0
 
     def _validation_is_due(self, epoch_ended: bool) -> bool:

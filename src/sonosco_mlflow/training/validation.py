@@ -55,8 +55,9 @@ def evaluate(
         metrics: called once, with the texts of the whole set.
 
     Raises:
-        UserError: there is no utterance.
+        UserError: there is no utterance, or the loader gives a rank's part of them.
     """
+    loader.require_all_batches()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     total = 0.0
     ids: list[str] = []

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STEP_METRICS = ("train_loss", "learning_rate", "gradient_norm", "utterances_per_second")
 """What is recorded at each optimizer step."""
+EPOCH_METRICS = ("padding_share",)
+"""What is recorded at the last optimizer step of an epoch: the share of its frames that were padding."""
 
 
 def is_timing(name: str) -> bool:
