@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,6 @@ from servers import ObjectStore
 
 DVC = [sys.executable, "-m", "dvc"]
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
-
-
-@pytest.fixture(scope="module")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    store = ObjectStore(tmp_path_factory.mktemp("object-store"))
-    store.start()
-    yield store
-    store.kill()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ Nothing of the first clone is left each time: what goes on has the store, DVC's 
 
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -17,14 +16,6 @@ from servers import ObjectStore, TrackingServer
 SONOSCO = [sys.executable, "-m", "sonosco_mlflow"]
 DVC = [sys.executable, "-m", "dvc"]
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
-
-
-@pytest.fixture(scope="module")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    store = ObjectStore(tmp_path_factory.mktemp("object-store"))
-    store.start()
-    yield store
-    store.kill()
 
 
 def world(folder: Path, object_store: ObjectStore, tracking_uri: str) -> Project:
