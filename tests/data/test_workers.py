@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,27 +12,33 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from sonosco_mlflow.data.manifest import Manifest, Utterance
-from sonosco_mlflow.errors import UserError
 from toy import batch_digest, tone_loader
 
 PATIENCE = 60.0
 
 
+@pytest.fixture
+def workers() -> Callable[[], list[int]]:
+    """What tells which processes this one has begun since: another test's may have left some for all of them."""
+    before = psutil.Process().children()
+    return lambda: [child.pid for child in psutil.Process().children() if child not in before]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_leave_it_to_the_main_process_to_obey_a_signal(number: signal.Signals, tone_manifest: Manifest) -> None:
+def test_workers_leave_it_to_the_main_process_to_obey_a_signal(
+    number: signal.Signals, tone_manifest: Manifest, workers: Callable[[], list[int]]
+) -> None:
     expected = [batch_digest(batch) for batch in tone_loader(tone_manifest).epoch(0)]
     batches = tone_loader(tone_manifest, workers=2).epoch(0)
     found = [batch_digest(next(batches))]
-    workers = [str(child.pid) for child in psutil.Process().children()]
-    assert len(workers) == 2
+    assert len(workers()) == 2
     # By another process, as a terminal or a scheduler sends it.
-    subprocess.run(["kill", f"-{int(number)}", *workers], check=True)
+    subprocess.run(["kill", f"-{int(number)}", *map(str, workers())], check=True)
     found.extend(batch_digest(batch) for batch in batches)
     assert found == expected
-    assert not psutil.Process().children()
+    assert not workers()
 
 
 HOLDING = """
@@ -192,18 +199,36 @@ def test_who_keeps_too_many_batches_of_workers_is_told_what_to_do(tone_manifest:
     assert "`ulimit -n" in done.stderr
 
 
-def refuse(tensor: torch.Tensor) -> torch.Tensor:
+REFUSED = """
+import sys
+from pathlib import Path
+import psutil, torch
+from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.errors import UserError
+from toy import tone_loader
+
+def refuse(tensor):
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
 
-
-def test_a_failure_to_share_is_told(tone_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Workers are forks of this process, and have what it has.
-    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    assert list(tone_loader(tone_manifest).epoch(0)), "without workers nothing is shared"
-    with pytest.raises(UserError, match=r"data.workers: a batch of .* does not go into /dev/shm, where .* to 0"):
-        list(tone_loader(tone_manifest, workers=1).epoch(0))
+# Workers are forks of this process, and have what it has.
+torch.Tensor.share_memory_ = refuse
+manifest = Manifest.read(Path(sys.argv[1]))
+assert list(tone_loader(manifest).epoch(0)), "without workers nothing is shared"
+try:
+    list(tone_loader(manifest, workers=1).epoch(0))
+except UserError as error:
     # Though the error, which knows where it came from, is still held.
-    assert not psutil.Process().children()
+    print(len(psutil.Process().children()), error)
+"""
+
+
+def test_a_failure_to_share_is_told_and_the_workers_end(tone_manifest: Manifest, tmp_path: Path) -> None:
+    tone_manifest.write(tmp_path / "manifest.jsonl")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", REFUSED, str(tmp_path / "manifest.jsonl")]
+    done = subprocess.run(command, env=variables, text=True, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"0 data.workers: a batch of .* does not go into /dev/shm, where .* to 0.*\n", done.stdout)
 
 
 SMALL = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" "$@"')

@@ -53,7 +53,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Pro
     models.write_text(models.read_text().replace('    "tds"', f'{entry}    "tds"'))
     recipe = YAML().load((project / "params.yaml").read_text())
     recipe["model"]["name"] = "mine"
-    recipe["training"]["epochs"] = 3
+    # Long enough to be killed in the middle on any machine.
+    recipe["training"]["epochs"] = 12
     recipe["checkpoint"]["every_steps"] = 1
     with (project / "params.yaml").open("w") as file:
         YAML().dump(recipe, file)

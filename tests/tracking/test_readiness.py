@@ -1,5 +1,6 @@
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import mlflow
 import pytest
 from ruamel.yaml import YAML
 
-from project import make_project, move_corpus
+from project import make_project, move_corpus, run
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
@@ -88,6 +89,17 @@ def test_features_of_other_manifests_are_refused(folder: DataFolder) -> None:
     with pytest.raises(
         UserError, match="features@tones was made of another data/manifests/tones than lies there; `dvc"
     ):
+        require_current(folder)
+
+
+def test_a_dataset_of_other_features_is_refused(folder: DataFolder) -> None:
+    """Its dependency is the folder of all corpora's features, of which dvc.lock knows no output."""
+    shard = folder.features("tones") / "train" / "shard-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    replace(shard, bytes(content))
+    run([sys.executable, "-m", "dvc", "commit", "--force", "features"], folder.root.parent)
+    with pytest.raises(UserError, match="data: dataset was made of another data/features than lies there; `dvc repro"):
         require_current(folder)
 
 
