@@ -248,6 +248,13 @@ def test_the_parts_of_a_corpus_count_where_there_are_any() -> None:
     assert parts.data_recipe != Config().data_recipe
 
 
+def test_whether_splits_are_cut_changes_the_data_and_at_its_default_nothing() -> None:
+    key = "data.corpora.default.hold_out"
+    assert Config.resolve({}, {key: "true"}).data_recipe == Config().data_recipe
+    assert "hold_out" not in str(Config().data_recipe)
+    assert Config.resolve({}, {key: "false"}).data_recipe != Config().data_recipe
+
+
 def test_the_only_corpus_can_be_named_in_short() -> None:
     an4 = {"an4": Corpus(kind="an4", source="a.tar.gz")}
     short: dict[str, object] = {"data": {"corpus": "an4", "source": "a.tar.gz"}}
@@ -287,6 +294,7 @@ def test_where_checkpoints_are_averaged_it_counts_which_there_are() -> None:
 FREE_KEYS = {
     *(
         "data.corpora.default.source",
+        "data.corpora.default.hold_out",
         "data.workers",
         "data.processes",
         "data.cluster",

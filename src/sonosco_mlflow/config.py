@@ -143,7 +143,10 @@ class Config(Section):
     def data_recipe(self) -> dict[str, object]:
         """The part of the recipe that the data stages depend on."""
         return {
-            "data": self.data.model_dump(mode="json", include={"corpora", "skip"}),
+            "data": {
+                "corpora": {name: corpus.model_dump(exclude=corpus.idle) for name, corpus in self.data.corpora.items()},
+                "skip": list(self.data.skip),
+            },
             "features": self.features.model_dump(mode="json", exclude=self.features.idle),
             "tokenizer": self.tokenizer.model_dump(mode="json", include={"kind", "size"}),
         }

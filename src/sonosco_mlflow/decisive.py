@@ -10,6 +10,7 @@ from sonosco_mlflow.settings import Scalar, flatten
 # Names of keys, and of sections; a star stands for any name.
 NOT_DECISIVE: tuple[str, ...] = (
     "data.corpora.*.source",
+    "data.corpora.*.hold_out",
     "data.workers",
     "data.processes",
     "data.cluster",

@@ -32,12 +32,19 @@ class Section(BaseModel):
 class Corpus(Section):
     """One corpus: its ``kind`` (docs/corpora.md), and where it comes from.
 
-    ``parts`` names, for each split, the parts of a corpus that has any (``{train: [train-clean-5]}``).
+    ``parts`` names, for each split, the parts of a corpus that has any (``{train: [train-clean-5]}``). With
+    ``hold_out``, splits that it does not have are cut from its training part; else others of the corpora have them.
     """
 
     kind: str = "default"
     source: str | None = None
     parts: dict[str, list[str]] = Field(default_factory=dict)
+    hold_out: bool = True
+
+    @property
+    def idle(self) -> set[str]:
+        """Keys that came later and change nothing here: data from before they were there is the same data."""
+        return {"hold_out"} if self.hold_out else set()
 
 
 class Data(Section):

@@ -11,7 +11,8 @@ import soundfile
 from project import make_after_corpus
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
-from sonosco_mlflow.data.stages import DataFolder, make_manifests
+from sonosco_mlflow.data.stages import DataFolder, make_corpus, make_manifests
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.lineage import DataLineage
 from toy import SAMPLE_RATE, tone_corpus, tone_texts
 
@@ -80,3 +81,79 @@ def test_rows_alone_open_no_recording(folder: DataFolder) -> None:
     path.write_text(re.sub('"text": "[A-E]+"', '"text": ""', lines[0]) + "".join(lines[1:]))
     (found,) = make_manifests(Config.resolve(RECIPE, {"data.skip": "[text]"}), "default", folder)
     assert (found.check, found.id, len(train_ids(folder))) == ("text", "tone-000", 5)
+
+
+def of_folder(source: Path, **keys: str) -> Config:
+    given = {"data.corpus": "folder", "data.source": str(source), **keys}
+    return Config.resolve(RECIPE, given)
+
+
+def test_what_is_of_no_use_is_refused_until_the_recipe_leaves_it_out(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", DataFolder(tmp_path / "data")
+    manifest = tone_corpus(source, tone_texts(30))
+    (source / "tone-001.wav").write_bytes(b"")
+    (source / "tone-002.wav").write_bytes(b"no audio")
+    (source / "tone-003.wav").unlink()
+    manifest.write(source / "train.jsonl")
+    lines = (source / "train.jsonl").read_text().splitlines(keepends=True)
+    lines[4] = re.sub('"text": "[A-E]+"', '"text": ""', lines[4])
+    (source / "train.jsonl").write_text("".join(lines))
+
+    config = of_folder(source)
+    found = make_corpus(config, "folder", folder)
+    assert {finding.id: finding.check for finding in found} == {
+        "tone-001": "audio",
+        "tone-002": "audio",
+        "tone-003": "file",
+        "tone-004": "text",
+    }
+    told = [str(finding) for finding in found if finding.id == "tone-003"]
+    assert re.fullmatch(
+        rf"\S+/(train|dev|test)\.unusable\.jsonl:\d: tone-003: {source}/tone-003\.wav is not there; put the .*", told[0]
+    )
+    with pytest.raises(UserError, match=r"of no use: .*or leave them out with data\.skip: \[audio, file, text\]"):
+        make_manifests(config, "folder", folder)
+    with pytest.raises(UserError, match=r"tone-003\.wav is not there\. Mend .* data\.skip: \[audio, file, text\]"):
+        make_manifests(of_folder(source, **{"data.skip": "[audio, text]"}), "folder", folder)
+
+    config = of_folder(source, **{"data.skip": "[audio, file, text]"})
+    skipped = make_manifests(config, "folder", folder)
+    assert sorted(finding.id for finding in skipped) == ["tone-001", "tone-002", "tone-003", "tone-004"]
+    make_after_corpus(config, folder)
+    lineage = DataLineage.of_folder(folder)
+    assert sum(count.get("skipped", 0) for count in lineage.counts.values()) == 4
+    assert sum(count["utterances"] for count in lineage.counts.values()) == 26
+
+    # Mended, they come back, and move no other one.
+    splits = {split: {row.id for row in Manifest.read(folder.manifest(split))} for split in ("train", "dev", "test")}
+    tone_corpus(source, tone_texts(30)).write(source / "train.jsonl")
+    assert make_corpus(config, "folder", folder) == []
+    assert make_manifests(config, "folder", folder) == []
+    for split, before in splits.items():
+        assert before <= {row.id for row in Manifest.read(folder.manifests("folder") / f"{split}.jsonl")}
+
+
+def test_a_corpus_may_be_there_for_one_split_alone(tmp_path: Path) -> None:
+    folder, corpora = DataFolder(tmp_path / "data"), {}
+    for name, splits in {"all": ("train", "dev", "test"), "more": ("train",), "other": ("test",)}.items():
+        for split in splits:
+            tone_corpus(tmp_path / name, tone_texts(6)).write(tmp_path / name / f"{split}.jsonl")
+            change = (tmp_path / name / f"{split}.jsonl").read_text().replace('"id": "', f'"id": "{split}-')
+            (tmp_path / name / f"{split}.jsonl").write_text(change)
+        corpora[name] = {"kind": "folder", "source": str(tmp_path / name), "hold_out": name == "all"}
+    config = Config.resolve({**RECIPE, "data": {"processes": 1, "corpora": corpora}}, {})
+    for name in corpora:
+        assert make_corpus(config, name, folder) == []
+    make_after_corpus(config, folder)
+    found = {
+        split: {row.id.split("-")[0] for row in Manifest.read(folder.manifest(split))}
+        for split in ("train", "dev", "test")
+    }
+    assert found == {"train": {"all", "more"}, "dev": {"all"}, "test": {"all", "other"}}
+    assert folder.store("test").n_mels == 8
+
+    asked = Config.resolve(
+        {**RECIPE, "data": {"processes": 1, "corpora": corpora}}, {"data.corpora.other.hold_out": "true"}
+    )
+    with pytest.raises(UserError, match=r"other has no utterances to train on, only for test\. .*hold_out: false"):
+        make_corpus(asked, "other", folder)

@@ -85,6 +85,32 @@ def test_one_cache_serves_all_workspaces(project: Path, own: DataFolder, monkeyp
     assert (project / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]).exists()
 
 
+def test_what_both_recipes_say_is_said_in_the_same_words(project: Path, tmp_path: Path) -> None:
+    path = project / "params.yaml"
+    before = path.read_text()
+    written = YAML(typ="safe").load(before)
+    written["data"]["corpora"] = {
+        "default": None,
+        "an4": {"hold_out": True},
+        "tones": {"kind": "folder", "source": "x"},
+    }
+    del written["features"]["kind"]
+    with path.open("w") as file:
+        YAML().dump(written, file)
+    try:
+        for given, same in [({}, True), ({"features__n_mels": "6"}, False)]:
+            config = recipe(project, **given)
+            make_private(tmp_path / "workspace", config, project)
+            assert Config.load(tmp_path / "workspace" / "params.yaml").features == config.features
+            made = YAML(typ="safe").load((tmp_path / "workspace" / "params.yaml").read_text())
+            assert (made["features"] == written["features"]) is same
+            corpora = made["data"]["corpora"]
+            assert {name: corpora[name] for name in ("default", "an4")} == {"default": None, "an4": {"hold_out": True}}
+            assert corpora["tones"] == {"kind": "folder", "source": str(project / "x"), "parts": {}}
+    finally:
+        path.write_text(before)
+
+
 def test_a_failed_stage_says_why(project: Path) -> None:
     with pytest.raises(UserError, match="src: found no etc/an4_train") as raised:
         prepare_data(recipe(project, data__corpus="an4", data__source="src"), project)

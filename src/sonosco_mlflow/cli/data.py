@@ -9,6 +9,7 @@ import typer
 
 from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Prepare, Set, app, read_recipe
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.manifest_tools.findings import Finding
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.sections import LanguageModelUnit
 
@@ -29,7 +30,7 @@ def corpus(
     params: Params = PARAMS,
 ) -> None:
     """Bring each corpus of the recipe, or one: its audio, and a list of utterances a split."""
-    from sonosco_mlflow.console import stage_progress
+    from sonosco_mlflow.console import say, stage_progress
     from sonosco_mlflow.data.stages import DataFolder, make_corpus
     from sonosco_mlflow.tracking.pipeline import require_watched
 
@@ -42,7 +43,12 @@ def corpus(
         if "DVC_STAGE" in os.environ:
             require_watched(config, chosen, Path())
         with stage_progress() as progress:
-            make_corpus(config, chosen, DataFolder(into), progress)
+            unusable = make_corpus(config, chosen, DataFolder(into), progress)
+        if unusable:
+            say(
+                f"corpus {chosen}: {len(unusable)} utterances are of no use ({_checks(unusable)}); "
+                f"{DataFolder(into).corpus(chosen)}/*.unusable.jsonl names them"
+            )
 
 
 @app.command(context_settings=RECIPE_KEYS)
@@ -58,10 +64,9 @@ def manifests(
         with stage_progress() as progress:
             skipped = make_manifests(config, chosen, folder, progress)
         if skipped:
-            checks = Counter(finding.check for finding in skipped)
             rows = len({(finding.manifest, finding.line) for finding in skipped})
-            why = ", ".join(f"{check} {count}" for check, count in sorted(checks.items()))
-            say(f"corpus {chosen}: {rows} utterances are left out ({why}); {folder.skipped(chosen)} names them")
+            why, where = _checks(skipped), folder.skipped(chosen)
+            say(f"corpus {chosen}: {rows} utterances are left out ({why}); {where} names them")
 
 
 @app.command(context_settings=RECIPE_KEYS)
@@ -88,6 +93,12 @@ def dataset(context: typer.Context, into: Into = DATA, settings: Set = None, par
     if "DVC_STAGE" in os.environ:
         remove_former(config, Path())
     make_dataset(config, DataFolder(into))
+
+
+def _checks(findings: list[Finding]) -> str:
+    """Return how often each check found something."""
+    counts = Counter(finding.check for finding in findings)
+    return ", ".join(f"{check} {count}" for check, count in sorted(counts.items()))
 
 
 def _corpora(config: Config, name: str | None) -> list[str]:

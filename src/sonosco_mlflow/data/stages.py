@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.corpora import bring_corpus
+from sonosco_mlflow.data.corpora.base import some
 from sonosco_mlflow.data.corpora.splits import SPLITS
+from sonosco_mlflow.data.corpora.unusable import were_set_aside
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.manifest_tools.findings import Finding
 from sonosco_mlflow.data.manifest_tools.recordings import Expected
@@ -103,7 +105,8 @@ class DataFolder:
         """Return how many utterances of each split were left out of the dataset."""
         lines = (line for name in self.corpora() for line in self.skipped(name).read_text("utf-8").splitlines())
         findings = [json.loads(line) for line in lines]
-        return Counter(Path(manifest).stem for manifest, _ in {(row["manifest"], row["line"]) for row in findings})
+        rows = {(Path(row["manifest"]).name, row["line"]) for row in findings}
+        return Counter(name.partition(".")[0] for name, _ in rows)
 
     def store(self, split: str) -> "JoinedFeatures":
         """Open the features of a split.
@@ -119,8 +122,8 @@ class DataFolder:
         return JoinedFeatures({prefix: FeatureStore(self.features(name) / split) for name, prefix in parts.items()})
 
 
-def make_corpus(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> None:
-    """Bring a corpus of the recipe into its folder."""
+def make_corpus(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> list[Finding]:
+    """Bring a corpus of the recipe into its folder; name what is of no use there."""
     corpus = config.data.corpora[name]
     bring_corpus(
         corpus.kind,
@@ -129,13 +132,22 @@ def make_corpus(config: Config, name: str, folder: DataFolder, progress: Progres
         parts=corpus.parts or None,
         processes=config.data.processes,
         progress=partial(progress, f"corpus {name}"),
+        hold_out=corpus.hold_out,
+        set_unusable_aside=True,
     )
+    return were_set_aside(folder.corpus(name))
 
 
 def make_manifests(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> list[Finding]:
-    """Write the manifests of a corpus without the rows that the recipe skips; name what is wrong there."""
+    """Write the manifests of a corpus without the rows that the recipe skips; name what is wrong there.
+
+    Raises:
+        UserError: the corpus has utterances of no use, and the recipe does not skip them.
+    """
     paths = {split: folder.corpus(name) / f"{split}.jsonl" for split in SPLITS}
-    found = _to_skip(config, list(paths.values()), partial(progress, f"recordings of {name}"))
+    unusable = were_set_aside(folder.corpus(name))
+    _refuse_unless_skipped(config, unusable)
+    found = unusable + _to_skip(config, list(paths.values()), partial(progress, f"recordings of {name}"))
     for split, path in paths.items():
         manifest, skipped = Manifest.read(path), {finding.line for finding in found if finding.manifest == str(path)}
         kept = (utterance for line, utterance in enumerate(manifest, start=1) if line not in skipped)
@@ -143,6 +155,16 @@ def make_manifests(config: Config, name: str, folder: DataFolder, progress: Prog
     lines = "".join(f"{finding.to_json()}\n" for finding in found)
     folder.skipped(name).write_text(lines, encoding="utf-8")
     return found
+
+
+def _refuse_unless_skipped(config: Config, unusable: list[Finding]) -> None:
+    refused = [finding for finding in unusable if finding.check not in config.data.skip]
+    if refused:
+        needed = sorted({*config.data.skip, *(finding.check for finding in refused)})
+        raise UserError(
+            f"these utterances are of no use: {some([finding.found for finding in refused])}. Mend them and make the "
+            f"corpus anew, or leave them out with data.skip: [{', '.join(needed)}]"
+        )
 
 
 def _to_skip(config: Config, paths: list[Path], progress: Callable[[int, int], None]) -> list[Finding]:

@@ -165,7 +165,7 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
     code = workspace / "src"
     if not code.is_symlink():
         code.symlink_to(os.path.relpath(project / "src", workspace))
-    recipe = _absolute(config, project)
+    recipe = _as_written(_absolute(config, project), config, project)
     recipe["data"] |= {"processes": config.data.processes, "cluster": config.data.cluster}
     yaml = YAML()
     stages = yaml.load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -180,6 +180,22 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
     for file_name, content in {"dvc.yaml": {"stages": chosen}, "params.yaml": recipe}.items():
         with (workspace / file_name).open("w", encoding="utf-8") as file:
             yaml.dump(content, file)
+
+
+def _as_written(recipe: dict[str, Any], config: Config, project: Path) -> dict[str, Any]:
+    """Return ``recipe`` in the words of the project's own, where that says the same.
+
+    To DVC a default that stands in ``params.yaml`` is another parameter than one that does not.
+    """
+    path = project / "params.yaml"
+    own, written = Config.load(path), YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+    if own.features == config.features and "features" in written:
+        recipe["features"] = written["features"]
+    corpora = (written.get("data") or {}).get("corpora") or {}
+    for name, corpus in config.data.corpora.items():
+        if own.data.corpora.get(name) == corpus and name in corpora and _local_source(corpus, project) is None:
+            recipe["data"]["corpora"][name] = corpora[name]
+    return recipe
 
 
 def _of_corpus(part: Any, name: str) -> Any:

@@ -13,6 +13,7 @@ import soundfile
 from file_server import FileServer
 
 from sonosco_mlflow.data.corpora import an4, bring_corpus
+from sonosco_mlflow.data.corpora.base import Request
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
 
@@ -56,7 +57,8 @@ def archive(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def read(source: Path, directory: Path, counts: dict[str, int] | None = None) -> dict[str, Manifest]:
-    return an4._read(source, directory, counts, lambda done, everything: None)
+    request = Request(directory, None, None, 1, lambda done, everything: None)
+    return {split: Manifest(found, directory) for split, found in an4._read(source, request, counts).splits.items()}
 
 
 @pytest.mark.parametrize("kind", ["wav", "sph", "raw"])

@@ -81,7 +81,7 @@ def test_an_empty_clip_of_an_archive_is_left_out_and_one_of_a_folder_refused(tmp
     assert len(bring_corpus("common-voice", tmp_path / "out", str(tmp_path / "cy.tar.gz"))["train"]) == 11
     assert (tmp_path / "out" / "left-out.txt").read_text() == f"{name(3)}: is empty, or cannot be read as audio\n"
     unpack(files, tmp_path / "source")
-    with pytest.raises(UserError, match=rf"cannot be read as audio: \S+{name(3)}\.mp3\."):
+    with pytest.raises(UserError, match=rf"of no use: \S+{name(3)}\.mp3 is empty or cannot be read as audio\. Mend"):
         bring_corpus("common-voice", tmp_path / "out", str(tmp_path / "source"))
 
 

@@ -51,6 +51,14 @@ def test_parts_that_make_no_splits_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_corpus_that_is_not_cut_may_have_parts_for_testing_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").touch()
+    with pytest.raises(UserError, match="the folder with the lists"):
+        bring_corpus("sonosco-csv", tmp_path / "out", str(tmp_path / "x.csv"), {"test": ["x"]}, hold_out=False)
+    with pytest.raises(UserError, match=r"data\.source: \S+ has no utterances\."):
+        bring_corpus("sonosco-csv", tmp_path / "out", str(tmp_path), {"test": ["x"]}, hold_out=False)
+
+
 def test_neither_torch_nor_mlflow_is_imported() -> None:
     code = (
         "import importlib, sys\n"

@@ -1,4 +1,5 @@
 import io
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import RATE, contents, samples, sound
 
+from sonosco_mlflow.data.corpora.base import Request
 from sonosco_mlflow.data.corpora.segments import (
     Segment,
     cut_recording,
@@ -18,13 +20,20 @@ from sonosco_mlflow.data.corpora.segments import (
     segment_id,
     with_unique_ids,
 )
+from sonosco_mlflow.data.corpora.unusable import UNREADABLE
 from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError
 
 
 def lay(directory: Path, *segments: Segment, processes: int = 2) -> dict[str, Utterance]:
+    laid, why = lay_all(directory, *segments, processes=processes)
+    assert why == {}
+    return laid
+
+
+def lay_all(directory: Path, *segments: Segment, processes: int = 2) -> tuple[dict[str, Utterance], dict[str, str]]:
     directory.mkdir(exist_ok=True)
-    return lay_segments(segments, directory, processes, lambda done, total: None)
+    return lay_segments(segments, Request(directory, None, None, processes, lambda done, total: None))
 
 
 def record(path: Path, kind: str = "wav", seconds: float = 1.0, channels: int = 1) -> Path:
@@ -132,7 +141,6 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> N
         (1.2, 1.4, {}, r"'x' holds no samples"),
         (1.0, None, {}, r"'x' holds no samples: it goes from 1\.0 s to the end"),
         (0.0, 0.5, {"channel": 1}, r"'x' is in channel 1\. Expected one below 1"),
-        (0.0, 0.5, {"recording": Path("gone.wav")}, r"list:1: names a recording that is not there: gone\.wav"),
     ],
 )
 def test_what_cannot_be_cut_is_named(
@@ -145,15 +153,30 @@ def test_what_cannot_be_cut_is_named(
     assert contents(tmp_path / "out") == {}
 
 
-def test_a_recording_that_ends_before_its_header_says_is_named(tmp_path: Path) -> None:
+def test_a_recording_that_ends_before_its_header_says_is_told_and_the_rest_of_it_is_cut(tmp_path: Path) -> None:
     for kind, message in {"mp3": r"ends after \d+ samples of the 48000", "flac": "cannot be read as audio"}.items():
         talk = record(tmp_path / f"talk.{kind}", kind, 3.0)
         talk.write_bytes(talk.read_bytes()[: len(talk.read_bytes()) * 2 // 3])
-        with pytest.raises(UserError, match=rf"list:1: \S+talk\.{kind}: {message}"):
-            lay(tmp_path / kind, segment(talk, 0.5, 2.9))
+        good, bad = segment(talk, 0.1, 0.2, id="good"), segment(talk, 0.5, 2.9, id="bad")
+        laid, why = lay_all(tmp_path / kind, good, bad)
+        assert why.keys() == {"bad"}
+        assert re.match(rf"list:1: \S+talk\.{kind}: {message}", why["bad"])
+        assert (laid["good"].duration, laid["bad"].duration) == (0.1, UNREADABLE)
+        assert contents(tmp_path / kind / "wav" / "talk").keys() == {"good.wav"}
+
+
+def test_what_cannot_be_opened_is_told_for_each_utterance(tmp_path: Path) -> None:
     (tmp_path / "talk.flac").write_bytes(b"no audio")
-    with pytest.raises(UserError, match=r"list:1: \S+talk\.flac: cannot be read as audio"):
-        lay(tmp_path / "other", segment(talk, 2.0, 2.9))
+    parts = [segment(tmp_path / "talk.flac", 2.0, 2.9, id="a"), segment(tmp_path / "talk.flac", 3.0, 3.9, id="b")]
+    gone = segment(tmp_path / "gone.wav", id="c", place="list:3")
+    silent = segment(record(tmp_path / "x.wav"), 0.1, 0.2, id="d", place="list:4", text="")
+    laid, why = lay_all(tmp_path / "out", *parts, gone, silent)
+    assert {utterance.duration for utterance in laid.values()} == {UNREADABLE}
+    assert why["a"] == why["b"]
+    assert re.match(r"list:1: \S+talk\.flac: cannot be read as audio \(", why["a"])
+    assert why["c"] == f"list:3: names a recording that is not there: {tmp_path}/gone.wav"
+    assert why["d"] == "list:4: 'd' has an empty text"
+    assert contents(tmp_path / "out") == {}
 
 
 def test_two_with_one_id_are_refused_before_anything_is_cut(tmp_path: Path) -> None:

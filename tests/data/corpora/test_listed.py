@@ -139,7 +139,7 @@ def test_no_list_is_named(tmp_path: Path, corpus: str) -> None:
         (None, r"data\.source: found None\. Expected a path: a "),
         ("http://127.0.0.1/x", r"Expected a path: a "),
         (str(tmp_path / "nothing"), r"nothing is not there, or is none"),
-        (str(tmp_path / "empty"), r"for train in \S+empty\. Expected a .*, or a folder with train"),
+        (str(tmp_path / "empty"), r"found no .* in \S+empty\. Expected a .*, or a folder with train"),
     ]:
         with pytest.raises(UserError, match=message):
             bring_corpus(corpus, tmp_path / "out", given)
@@ -168,7 +168,7 @@ def test_sonosco_wrote_two_fields_and_later_three(tmp_path: Path, source: Path) 
         ("wav/a0.wav", r"all\.csv:2: found 'wav/a0\.wav'\. Expected 'recording,transcript'"),
         ("wav/a,0.wav,txt/a,0.txt", r"paths with a comma cannot be told apart"),
         ("wav/a0.wav,txt/gone.txt", r"all\.csv:2: the transcript \S+gone\.txt cannot be read \(No such file"),
-        ("wav/a0.wav,txt/empty.txt", r"these utterances have an empty text: a0 \(\S+all\.csv:2\)"),
+        ("wav/a0.wav,txt/empty.txt", r"of no use: \S+all\.csv:2: 'a0' has an empty text\. Mend"),
         ("wav/a0.wav,txt/odd.txt", r"odd\.txt: found bytes that are not UTF-8"),
         ("wav/a1.wav,txt/a1.txt", r"all\.csv:2: the id 'wav-a1' stands already in \S+all\.csv:1"),
     ],
@@ -211,7 +211,7 @@ def test_nemo_ids_of_one_name_begin_with_their_folders(tmp_path: Path, source: P
         (jsonl(nemo("a0", offset=-1)), r"all\.json:1: key 'offset': found -1\. Expected seconds, 0 or more"),
         (jsonl(nemo("a0", offset=0.1, duration="1")), r"key 'duration': found \"1\"\. Expected seconds"),
         (jsonl(nemo("a0", offset=0.05, duration=5)), r"all\.json:1: the segment \S+ ends at 5\.05 s"),
-        (jsonl(nemo("a0", text="")), r"these utterances have an empty text: a0 \(\S+all\.json:1\)"),
+        (jsonl(nemo("a0", text="")), r"of no use: \S+all\.json:1: 'a0' has an empty text\. Mend"),
         (b"\xff", r"all\.json: found bytes that are not UTF-8"),
     ],
 )
@@ -320,7 +320,7 @@ def test_kaldis_segments_are_cut(tmp_path: Path, source: Path) -> None:
         ({"wav.scp": "a0\n"}, r"wav\.scp:1: found 'a0'\. Expected a key, and what belongs to it"),
         ({"wav.scp": "a0 wav/a0.wav\na0 wav/a0.wav\n"}, r"wav\.scp:2: the key 'a0' stands already in \S+wav\.scp:1"),
         ({"text": ""}, r"text: has no line for a0\. Expected one for each utterance"),
-        ({"text": "a0\n"}, r"these utterances have an empty text: a0"),
+        ({"text": "a0\n"}, r"of no use: \S+wav\.scp:1: 'a0' has an empty text"),
         ({"text": "a0 yes\nzz no\n"}, r"text: has lines for what is no utterance: zz\. Kaldi's utils/fix_data_dir\.sh"),
         ({"utt2spk": "a1 a\n"}, r"utt2spk: has no line for a0"),
         ({"segments": "a0 talk 0 1\n"}, r"segments:1: names the recording 'talk', which \S+wav\.scp does not"),

@@ -104,7 +104,7 @@ def test_a_recording_in_a_folder_that_cannot_be_read_is_refused(tmp_path: Path) 
     for files in VISITS.values():
         unpack(files, tmp_path / "source")
     (tmp_path / "source" / "Ralf-20081220-de2" / "wav" / "a0002.wav").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"cannot be read as audio: \S+a0002\.wav\."):
+    with pytest.raises(UserError, match=r"of no use: \S+a0002\.wav is empty or cannot be read as audio\. Mend"):
         bring_corpus("voxforge", tmp_path / "out", str(tmp_path / "source"))
 
 

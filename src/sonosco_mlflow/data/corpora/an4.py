@@ -16,10 +16,10 @@ import soundfile
 
 from sonosco_mlflow.data.corpora.archives import members
 from sonosco_mlflow.data.corpora.audio import SAMPLE_RATE, duration_of, write_wave
-from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder, some
+from sonosco_mlflow.data.corpora.base import Brought, Request, make_audio_folder, some
 from sonosco_mlflow.data.corpora.download import download, has_digest
-from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, refuse_parts
-from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.data.corpora.splits import SPLITS, refuse_parts
+from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError
 
 ADDRESS = "http://www.speech.cs.cmu.edu/databases/an4/an4_sphere.tar.gz"
@@ -39,9 +39,7 @@ class _Entry:
     text: str
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Bring AN4 into ``directory/wav/<speaker>/<id>.wav``; see ``Corpus.bring``.
 
     ``source`` is a folder, an archive, or an address, which may end in ``#sha256=<hexadecimal digest>`` or ``#md5=``;
@@ -51,18 +49,17 @@ def bring(
     Raises:
         UserError: the source cannot be had, is no AN4, or is incomplete.
     """
-    refuse_parts(parts, "AN4")
-    source = ADDRESS if source is None else source
+    refuse_parts(request.parts, "AN4")
+    source = ADDRESS if request.source is None else request.source
     if "://" in source:
-        archive = download(source, progress)
-        counts = None if has_digest(source) else _COUNTS
-        return _read(archive, directory, counts, progress)
-    return _read(Path(source).expanduser(), directory, _COUNTS, progress)
+        archive = download(source, request.progress)
+        return _read(archive, request, None if has_digest(source) else _COUNTS)
+    return _read(Path(source).expanduser(), request, _COUNTS)
 
 
-def _read(source: Path, directory: Path, counts: dict[str, int] | None, progress: Progress) -> dict[str, Manifest]:
+def _read(source: Path, request: Request, counts: dict[str, int] | None) -> Brought:
     entries = _read_tables(source, counts)
-    audio = make_audio_folder(directory)
+    audio = make_audio_folder(request.directory)
     utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
     missing = dict(entries)
     for member in members(source, _AUDIO, "AN4"):
@@ -71,12 +68,12 @@ def _read(source: Path, directory: Path, counts: dict[str, int] | None, progress
             continue
         path = audio / entry.speaker / f"{entry.id}.wav"
         _write_recording(path, member.read(), member.match[2], member.place)
-        place = path.relative_to(directory).as_posix()
+        place = path.relative_to(request.directory).as_posix()
         utterances[entry.split].append(Utterance(entry.id, place, duration_of(path), entry.text, entry.speaker))
-        progress(len(entries) - len(missing), len(entries))
+        request.progress(len(entries) - len(missing), len(entries))
     if missing:
         raise UserError(f"{source}: no recording (.wav, .sph or .raw) under wav/ for {some(sorted(missing))}.")
-    return {split: Manifest(utterances[split], directory) for split in SPLITS}
+    return Brought(utterances)
 
 
 def _read_tables(source: Path, counts: dict[str, int] | None) -> dict[str, _Entry]:

@@ -10,13 +10,16 @@ whole: they go first and are written last, so that what a killed process left is
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
 from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, check_parts
-from sonosco_mlflow.data.manifest import Manifest
+from sonosco_mlflow.data.corpora.splitting import cut_missing
+from sonosco_mlflow.data.corpora.unusable import Unusable, list_of, set_aside, without_unusable
+from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError, nearest
 
 _MODULES = {
@@ -44,20 +47,47 @@ Progress = Callable[[int, int], None]
 """Called with (done, all), in utterances, or in bytes while something is downloaded."""
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a corpus.
+
+    Attributes:
+        directory: where its audio goes; it holds nothing of an earlier corpus.
+        source: a path or an address, where the corpus takes one.
+        parts: what makes up each split, for a corpus that is made of parts; None is its own choice. Any other refuses
+            them (:func:`~sonosco_mlflow.data.corpora.splits.refuse_parts`).
+        processes: how many may work at once; they change no byte.
+        progress: called with (done, all) now and then.
+    """
+
+    directory: Path
+    source: str | None
+    parts: Parts | None
+    processes: int
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a corpus has.
+
+    Attributes:
+        splits: the utterances of each split that it has of itself. Audio paths are absolute, or start from the
+            directory. Of those that are no use (:mod:`~sonosco_mlflow.data.corpora.unusable`) nothing is expected.
+        why: by id, why an utterance is of no use, where more is known than can be seen of it.
+        left_out: what was published with the corpus and is no use: one line each.
+    """
+
+    splits: dict[str, list[Utterance]]
+    why: Mapping[str, str] = field(default_factory=dict)
+    left_out: Iterable[str] = ()
+
+
 class Corpus(Protocol):
     """A module of this package."""
 
-    def bring(
-        self, directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-    ) -> dict[str, Manifest]:
-        """Bring the corpus into ``directory``, which holds nothing of an earlier one; write no manifest.
-
-        A corpus that is made of parts takes those that ``parts`` names for each split, and its own choice for None;
-        any other refuses them (:func:`~sonosco_mlflow.data.corpora.splits.refuse_parts`).
-
-        Returns:
-            A manifest for each of "train", "dev" and "test". The same source gives the same bytes, whatever
-            the number of processes.
+    def bring(self, request: Request) -> Brought:
+        """Bring the corpus; write no manifest. The same source gives the same bytes, with any number of processes.
 
         Raises:
             UserError: the source is missing, wrong or incomplete.
@@ -72,6 +102,8 @@ def bring_corpus(
     parts: Parts | None = None,
     processes: int = 2,
     progress: Progress | None = None,
+    hold_out: bool = True,
+    set_unusable_aside: bool = False,
 ) -> dict[str, Manifest]:
     """Bring corpus ``name`` into ``directory``: its audio, if it has any of its own, and three manifests.
 
@@ -84,6 +116,9 @@ def bring_corpus(
         parts: The names of the parts of each split, for a corpus that has parts; None is its own choice.
         processes: How many processes may work at once; it changes no byte.
         progress: Called with (done, all) now and then.
+        hold_out: Whether a split that the corpus does not have is cut from its training part. Else it stays empty.
+        set_unusable_aside: Whether utterances of no use are named in ``*.unusable.jsonl`` instead of being refused
+            (:mod:`~sonosco_mlflow.data.corpora.unusable`).
 
     Returns:
         The manifests of "train", "dev" and "test", as they were written.
@@ -94,15 +129,25 @@ def bring_corpus(
     if name not in _MODULES:
         raise UserError(f"data.corpus: found {name!r}, which is no corpus: {nearest(name, CORPORA)}")
     if parts is not None:
-        check_parts(parts)
+        check_parts(parts, hold_out)
     directory = directory.resolve()
     _refuse_to_overwrite(source, directory)
     corpus = cast(Corpus, import_module(_MODULES[name]))
     directory.mkdir(parents=True, exist_ok=True)
     _clear(directory)
-    manifests = corpus.bring(directory, source, parts, processes, progress or _show_nothing)
+    brought = corpus.bring(Request(directory, source, parts, processes, progress or _show_nothing))
+    if not set_unusable_aside:
+        for found in brought.splits.values():
+            refuse_unusable(without_unusable(found, brought.why, directory)[1])
+    # What is set aside is cut with the others: once it is mended, it moves none of them.
+    splits = _all_splits(brought.splits, source or name, hold_out)
+    divided = {split: without_unusable(found, brought.why, directory) for split, found in splits.items()}
+    manifests = {split: Manifest(usable, directory) for split, (usable, _) in divided.items()}
     _refuse_overlap(manifests)
     _note_audio_elsewhere(directory, manifests)
+    _note_left_out(directory, brought.left_out)
+    for split, (_, unusable) in divided.items():
+        set_aside(unusable, directory, split)
     for split in SPLITS:
         manifests[split].write(directory / f"{split}.jsonl")
     return {split: Manifest.read(directory / f"{split}.jsonl") for split in SPLITS}
@@ -130,8 +175,31 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
-def note_left_out(directory: Path, lines: Iterable[str]) -> None:
-    """Write what the corpus in ``directory`` leaves out, if there is any."""
+def refuse_unusable(rows: Iterable[Unusable]) -> None:
+    """Return if there are none.
+
+    Raises:
+        UserError: there are; the first five are named.
+    """
+    told = [row.found for row in rows]
+    if told:
+        raise UserError(f"these utterances are of no use: {some(told)}. Mend them, or take them out.")
+
+
+def _all_splits(found: Mapping[str, list[Utterance]], source: str, hold_out: bool) -> dict[str, list[Utterance]]:
+    if not hold_out:
+        if not any(found.values()):
+            raise UserError(f"data.source: {source} has no utterances.")
+        return {split: found.get(split, []) for split in SPLITS}
+    if not found.get("train"):
+        raise UserError(
+            f"data.source: {source} has no utterances to train on, only for {' and '.join(found)}. A corpus that is "
+            "there for these alone is one of several, with hold_out: false (docs/corpora.md)."
+        )
+    return cut_missing(found, source)
+
+
+def _note_left_out(directory: Path, lines: Iterable[str]) -> None:
     text = "".join(f"{line}\n" for line in sorted(lines))
     if text:
         (directory / LEFT_OUT).write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -169,6 +237,8 @@ def file_digest(path: Path) -> str:
 def _clear(directory: Path) -> None:
     for name in (*(f"{split}.jsonl" for split in SPLITS), AUDIO_ELSEWHERE, LEFT_OUT):
         (directory / name).unlink(missing_ok=True)
+    for split in SPLITS:
+        list_of(directory, split).unlink(missing_ok=True)
     audio = directory / "wav"
     if not (audio / _MARKER).is_file():
         return

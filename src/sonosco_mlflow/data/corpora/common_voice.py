@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sonosco_mlflow.data.corpora.archives import PLAIN_NAME, members
-from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder, note_left_out, some
+from sonosco_mlflow.data.corpora.base import Brought, Request, make_audio_folder, some
 from sonosco_mlflow.data.corpora.download import download
-from sonosco_mlflow.data.corpora.recordings import audio_filepath, read_durations, try_durations
+from sonosco_mlflow.data.corpora.recordings import audio_filepath, read_durations
 from sonosco_mlflow.data.corpora.splits import SPLITS, Parts
-from sonosco_mlflow.data.corpora.splitting import cut_missing
-from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Manifest, Utterance
+from sonosco_mlflow.data.corpora.unusable import UNREADABLE
+from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Utterance
 from sonosco_mlflow.errors import UserError
 
 _SUFFIX = r"\.(?:mp3|opus|ogg|wav|flac)"
@@ -33,26 +33,25 @@ class _Row:
     speaker: str
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Bring a language of Common Voice; see ``Corpus.bring``.
 
     ``source`` is a folder, an archive or its address; there is no address of its own, because Mozilla hands archives
     out by name and licence. An archive is read twice: the tables, then the clips that they name, which go to
     ``directory/wav/`` as they are. A clip of an archive that is empty is named in ``left-out.txt``, since it was
-    published so; one in a folder is refused.
+    published so; one in a folder is told.
 
     Raises:
         UserError: no source, one that cannot be had or has more than one language, a table or clips that are missing.
     """
+    source, directory = request.source, request.directory
     if source is None:
         raise UserError(
             "data.source: Common Voice needs one: the archive of a language, or its folder, from "
             "https://commonvoice.mozilla.org"
         )
-    place = download(source, progress) if "://" in source else Path(source).expanduser()
-    tables = _read_tables(place, parts)
+    place = download(source, request.progress) if "://" in source else Path(source).expanduser()
+    tables = _read_tables(place, request.parts)
     wanted = {row.clip for rows in tables.values() for row in rows}
     if not place.is_dir():
         make_audio_folder(directory)
@@ -61,25 +60,22 @@ def bring(
         clip = member.match["clip"]
         if clip in wanted and clip not in clips:
             clips[clip] = member.lay(directory / "wav" / member.match[0].rpartition("/")[2])
-            progress(len(clips), len(wanted))
+            request.progress(len(clips), len(wanted))
     missing = sorted(wanted - clips.keys())
     if missing:
         raise UserError(f"{place}: these clips of its tables are not in clips/: {some(missing)}. Fetch it anew.")
-    measure = read_durations if place.is_dir() else try_durations
-    durations = measure(clips.values(), processes, progress)
-    unusable = {clip for clip, path in clips.items() if durations[path] is None}
+    durations = read_durations(clips.values(), request.processes, request.progress)
+    unusable = {clip for clip, path in clips.items() if durations[path] == UNREADABLE and not place.is_dir()}
     for clip in unusable:
         clips[clip].unlink()
-    note_left_out(directory, [f"{clip}: is empty, or cannot be read as audio" for clip in unusable])
     given: dict[str, list[Utterance]] = {split: [] for split in tables}
     for split, rows in tables.items():
         for row in rows:
-            path = clips[row.clip]
-            duration = durations[path]
-            if duration is not None:
+            if row.clip not in unusable:
+                path = clips[row.clip]
                 audio = audio_filepath(path, directory)
-                given[split].append(Utterance(row.clip, audio, duration, row.text, row.speaker))
-    return {split: Manifest(utterances, directory) for split, utterances in cut_missing(given, place).items()}
+                given[split].append(Utterance(row.clip, audio, durations[path], row.text, row.speaker))
+    return Brought(given, left_out=[f"{clip}: is empty, or cannot be read as audio" for clip in unusable])
 
 
 def _read_tables(place: Path, parts: Parts | None) -> dict[str, list[_Row]]:

@@ -22,10 +22,10 @@ from sonosco_mlflow.data.corpora.audio import (
     trim_and_level,
     write_wave,
 )
-from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder
+from sonosco_mlflow.data.corpora.base import Brought, Request, make_audio_folder
 from sonosco_mlflow.data.corpora.grammar import Line, Speaker, lines, speakers
-from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, refuse_parts
-from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.data.corpora.splits import SPLITS, refuse_parts
+from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError
 
 _WORKER = Path(__file__).with_name("espeak_worker.py")
@@ -33,38 +33,38 @@ _WORKER = Path(__file__).with_name("espeak_worker.py")
 _SAME_MATHEMATICS = {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4"}
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Speak the corpus into ``directory/wav/<speaker>/<id>.wav``, 16 kHz; see ``Corpus.bring``.
 
     Raises:
         UserError: a source or parts were given, the wheel is not installed, or espeak-ng fails.
     """
-    if source is not None:
-        raise UserError(f"data.source: found {source!r}, but the default corpus is made here and takes no source.")
-    refuse_parts(parts, "the default corpus")
+    if request.source is not None:
+        raise UserError(
+            f"data.source: found {request.source!r}, but the default corpus is made here and takes no source."
+        )
+    refuse_parts(request.parts, "the default corpus")
     if find_spec("espeakng_loader") is None:
         raise UserError(
             "the default corpus needs espeak-ng, which is not installed: pip install 'sonosco-mlflow[corpus]'"
         )
-    audio = make_audio_folder(directory)
+    audio = make_audio_folder(request.directory)
     everybody = speakers()
     total = sum(len(lines(speaker)) for speaker in everybody)
     spoken: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
     done = 0
-    with ThreadPoolExecutor(max_workers=processes) as pool:
+    with ThreadPoolExecutor(max_workers=request.processes) as pool:
         tasks = {pool.submit(_record, speaker, audio): speaker for speaker in everybody}
         try:
             for task in as_completed(tasks):
                 utterances = task.result()
                 spoken[tasks[task].split] += utterances
                 done += len(utterances)
-                progress(done, total)
+                request.progress(done, total)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return {split: Manifest(utterances, directory) for split, utterances in spoken.items()}
+    return Brought(spoken)
 
 
 def _record(speaker: Speaker, audio: Path) -> list[Utterance]:

@@ -8,28 +8,26 @@ from everything: what is missing is cut from the training part, by speaker where
 from dataclasses import replace
 from pathlib import Path
 
-from sonosco_mlflow.data.corpora.base import Progress, some
+from sonosco_mlflow.data.corpora.base import Brought, Progress, Request
 from sonosco_mlflow.data.corpora.recordings import read_durations
 from sonosco_mlflow.data.corpora.scanning import AUDIO_SUFFIXES, scan
-from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, refuse_parts
-from sonosco_mlflow.data.corpora.splitting import cut_missing
+from sonosco_mlflow.data.corpora.splits import SPLITS, refuse_parts
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.errors import UserError
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Describe the recordings under ``source``; see ``Corpus.bring``.
 
     Raises:
-        UserError: parts, no source, no recordings, audio without transcript or the reverse, an empty transcript, or
-            audio that cannot be read; files are named, the first five and their number.
+        UserError: parts, no source, no recordings, or audio without transcript or the reverse; files are named, the
+            first five and their number.
     """
-    refuse_parts(parts, "the folder corpus")
-    if source is None:
+    refuse_parts(request.parts, "the folder corpus")
+    processes, progress = request.processes, request.progress
+    if request.source is None:
         raise UserError("data.source: the folder corpus needs one: the folder with your recordings.")
-    root = Path(source).expanduser().resolve()
+    root = Path(request.source).expanduser().resolve()
     if not root.is_dir():
         raise UserError(f"data.source: {root} is not a folder. Expected the folder with your recordings.")
     if any((root / f"{split}.jsonl").is_file() for split in SPLITS):
@@ -44,23 +42,17 @@ def bring(
         }
     else:
         given = {"train": scan(root, "", processes, progress)}
-    if not given.get("train"):
+    if not any(given.values()):
         raise UserError(
-            f"data.source: {root} has no training recordings. Expected wav/*.wav with txt/*.txt, audio "
+            f"data.source: {root} has no recordings with transcripts. Expected wav/*.wav with txt/*.txt, audio "
             f"({', '.join(AUDIO_SUFFIXES)}) with a same-named .txt beside it, or train.jsonl."
         )
-    return {split: Manifest(utterances, root) for split, utterances in cut_missing(given, root).items()}
+    return Brought(given)
 
 
 def _read_manifest(path: Path, processes: int, progress: Progress) -> list[Utterance]:
     manifest = Manifest.read(path)
     paths = {utterance.id: manifest.audio_path(utterance).resolve() for utterance in manifest}
-    missing = [str(place) for place in paths.values() if not place.is_file()]
-    if missing:
-        raise UserError(f"{path}: names recordings that are not there: {some(missing)}.")
-    empty = [utterance.id for utterance in manifest if not utterance.text.strip()]
-    if empty:
-        raise UserError(f"{path}: these utterances have an empty text: {some(empty)}.")
     durations = read_durations(paths.values(), processes, progress)
     return [
         replace(utterance, audio_filepath=str(place), duration=durations[place])

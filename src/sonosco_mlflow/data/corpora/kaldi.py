@@ -8,19 +8,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonosco_mlflow.data.corpora.base import Progress, some
+from sonosco_mlflow.data.corpora.base import Brought, Request, some
 from sonosco_mlflow.data.corpora.listed import ListFormat, locate, read_lines
 from sonosco_mlflow.data.corpora.segments import Segment
-from sonosco_mlflow.data.corpora.splits import Parts
-from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Manifest
+from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER
 from sonosco_mlflow.errors import UserError
 
 _TO_THE_END = -1.0
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Bring what data directories of Kaldi name; see ``Corpus.bring``.
 
     ``source`` is a data directory, or a folder with several: ``train``, ``dev``, ``test``, or what ``parts`` names.
@@ -28,9 +25,9 @@ def bring(
 
     Raises:
         UserError: no source; a pipe; a line that cannot be read; an utterance without a text or the reverse; or a
-            recording that is not there or too short.
+            recording that is too short.
     """
-    return _FORMAT.bring(directory, source, parts, processes, progress)
+    return _FORMAT.bring(request)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import soundfile
 
-from sonosco_mlflow.data.corpora.base import Progress
+from sonosco_mlflow.data.corpora.base import Brought, Request
 from sonosco_mlflow.data.corpora.listed import ListFormat, locate, read_objects, seconds_at, string_at
 from sonosco_mlflow.data.corpora.segments import Segment
-from sonosco_mlflow.data.corpora.splits import Parts
 from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Manifest, Utterance
 from sonosco_mlflow.errors import UserError
 
@@ -23,9 +22,7 @@ from sonosco_mlflow.errors import UserError
 _ROUNDING = 1e-4
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Bring what lhotse's cuts name; see ``Corpus.bring``.
 
     ``source`` is a file of cuts (``.jsonl``, ``.jsonl.gz``), or a folder with ``train.jsonl``, ``dev.jsonl``,
@@ -33,9 +30,9 @@ def bring(
 
     Raises:
         UserError: no source; a cut of another kind, without recording or supervision, of one that is no file or that is
-            transformed as it is read; or a recording that is not there or too short.
+            transformed as it is read; or a recording that is too short.
     """
-    return _FORMAT.bring(directory, source, parts, processes, progress)
+    return _FORMAT.bring(request)
 
 
 def write_cuts(manifest: Manifest, path: Path) -> None:

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sonosco_mlflow.data.corpora.archives import archives_in, members
-from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder, some
+from sonosco_mlflow.data.corpora.base import Brought, Progress, Request, make_audio_folder, some
 from sonosco_mlflow.data.corpora.download import download, download_all
 from sonosco_mlflow.data.corpora.recordings import audio_filepath, read_durations
-from sonosco_mlflow.data.corpora.splits import Parts
-from sonosco_mlflow.data.corpora.splitting import cut_missing
-from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError, nearest
 
 
@@ -61,9 +59,7 @@ class _Part:
     texts: dict[str, str] = field(default_factory=dict)
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Bring parts of LibriSpeech, by default the clean ones with 100 hours for training; see ``Corpus.bring``.
 
     ``source`` is the folder of a mirror, an address that ends in "/" and has ``<part>.tar.gz``; an archive or its
@@ -74,28 +70,27 @@ def bring(
     Raises:
         UserError: a part cannot be had, has recordings without texts or the reverse, or is incomplete.
     """
-    chosen = parts or _OWN_CHOICE
+    chosen = request.parts or _OWN_CHOICE
     names = [name for split in chosen.values() for name in split]
     found = {name: _Part() for name in names}
-    places = _places(source, names, progress)
+    places = _places(request.source, names, request.progress)
     if any(not place.is_dir() for place in places):
-        make_audio_folder(directory)
+        make_audio_folder(request.directory)
     for place, wanted in places.items():
-        _read(place, {name: found[name] for name in wanted}, directory, progress)
+        _read(place, {name: found[name] for name in wanted}, request)
     for name, part in found.items():
         _require_whole(name, part, ", ".join(str(place) for place, wanted in places.items() if name in wanted))
     durations = read_durations(
-        (path for part in found.values() for path in part.recordings.values()), processes, progress
+        (path for part in found.values() for path in part.recordings.values()), request.processes, request.progress
     )
     given: dict[str, list[Utterance]] = {split: [] for split in chosen}
     for split, parts_of_split in chosen.items():
         for name in parts_of_split:
             texts = found[name].texts
             for identifier, path in found[name].recordings.items():
-                audio, speaker = audio_filepath(path, directory), identifier.partition("-")[0]
+                audio, speaker = audio_filepath(path, request.directory), identifier.partition("-")[0]
                 given[split].append(Utterance(identifier, audio, durations[path], texts[identifier], speaker))
-    where = source or "LibriSpeech"
-    return {split: Manifest(utterances, directory) for split, utterances in cut_missing(given, where).items()}
+    return Brought(given)
 
 
 def _places(source: str | None, names: list[str], progress: Progress) -> dict[Path, list[str]]:
@@ -123,7 +118,7 @@ def _address(name: str, mirror: str | None) -> str:
     return f"{mirror or release.folder}{name}.tar.gz#{release.digest}"
 
 
-def _read(place: Path, found: Mapping[str, _Part], directory: Path, progress: Progress) -> None:
+def _read(place: Path, found: Mapping[str, _Part], request: Request) -> None:
     total = sum(_RELEASES[name].utterances for name in found if name in _RELEASES)
     done = 0
     for member in members(place, _FILE, "LibriSpeech in its original layout"):
@@ -134,11 +129,11 @@ def _read(place: Path, found: Mapping[str, _Part], directory: Path, progress: Pr
         if match["kind"] == "flac":
             if match["id"] in part.recordings:
                 raise UserError(f"{member.place}: is the second recording of {match['id']!r}. Expected one.")
-            path = directory / "wav" / match["speaker"] / f"{match['id']}.flac"
+            path = request.directory / "wav" / match["speaker"] / f"{match['id']}.flac"
             part.recordings[match["id"]] = member.lay(path)
             done += 1
             if total:
-                progress(done, max(done, total))
+                request.progress(done, max(done, total))
         else:
             part.texts |= _read_transcripts(member.text(), member.place)
 

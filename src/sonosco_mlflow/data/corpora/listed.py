@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sonosco_mlflow.data.corpora.base import Progress, some
+from sonosco_mlflow.data.corpora.base import Brought, Request, some
 from sonosco_mlflow.data.corpora.segments import Segment, lay_segments, with_unique_ids
 from sonosco_mlflow.data.corpora.splits import SPLITS, Parts
-from sonosco_mlflow.data.corpora.splitting import cut_missing
-from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError
 
 _LEVELS = 3
@@ -38,30 +37,23 @@ class ListFormat:
     is_list: Callable[[Path], bool]
     read: Callable[[Path], list[Segment]]
 
-    def bring(
-        self, directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-    ) -> dict[str, Manifest]:
+    def bring(self, request: Request) -> Brought:
         """Bring what the lists name: whole recordings stay where they are, parts of them are cut out.
 
         Raises:
-            UserError: no source; no lists, or none of that name; an utterance that cannot be had, or without a text.
+            UserError: no source; no lists, or none of that name; a part of a recording that cannot be cut out.
         """
-        lists = self._lists(source, parts)
+        lists = self._lists(request.source, request.parts)
         read = [(split, item) for split, paths in lists.items() for path in paths for item in self.read(path)]
         segments = [
             replace(segment, text=" ".join(segment.text.split()))
             for segment in with_unique_ids(segment for _, segment in read)
         ]
-        silent = [f"{segment.id} ({segment.place})" for segment in segments if not segment.text]
-        if silent:
-            raise UserError(f"data.source: these utterances have an empty text: {some(silent)}. Take them away.")
-        laid = lay_segments(segments, directory, processes, progress)
+        laid, why = lay_segments(segments, request)
         given: dict[str, list[Utterance]] = {split: [] for split in lists}
         for (split, _), segment in zip(read, segments, strict=True):
             given[split].append(laid[segment.id])
-        if not given.get("train"):
-            raise UserError(f"data.source: {source} has no utterances to train on.")
-        return {split: Manifest(utterances, directory) for split, utterances in cut_missing(given, source).items()}
+        return Brought(given, why)
 
     def _lists(self, source: str | None, parts: Parts | None) -> dict[str, list[Path]]:
         if source is None or "://" in source:
@@ -76,8 +68,8 @@ class ListFormat:
         if parts is not None:
             return {split: [self._named(root, name) for name in names] for split, names in parts.items()}
         found = {split: [path] for split in SPLITS for path in [self._find(root, split)] if path is not None}
-        if "train" not in found:
-            raise UserError(f"data.source: found no {self.name} for train in {root}. Expected {self._expected()}.")
+        if not found:
+            raise UserError(f"data.source: found no {self.name} in {root}. Expected {self._expected()}.")
         return found
 
     def _named(self, root: Path, name: str) -> Path:

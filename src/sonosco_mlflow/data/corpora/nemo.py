@@ -6,25 +6,22 @@ it that begins there and lasts ``duration`` seconds. ``speaker`` and ``id`` are 
 
 from pathlib import Path
 
-from sonosco_mlflow.data.corpora.base import Progress
+from sonosco_mlflow.data.corpora.base import Brought, Request
 from sonosco_mlflow.data.corpora.listed import ListFormat, locate, read_objects, seconds_at, string_at
 from sonosco_mlflow.data.corpora.segments import Segment, segment_id
-from sonosco_mlflow.data.corpora.splits import Parts
-from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Manifest
+from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Bring what NeMo's manifests name; see ``Corpus.bring``.
 
     ``source`` is a manifest (``.jsonl``, ``.json``, ``.json.gz``, ``.jsonl.gz``), or a folder with ``train.jsonl``,
     ``dev.jsonl``, ``test.jsonl`` or those that ``parts`` names.
 
     Raises:
-        UserError: no source, a line or key that cannot be read, or a recording that is not there or too short.
+        UserError: no source, a line or key that cannot be read, or a recording that is too short.
     """
-    return _FORMAT.bring(directory, source, parts, processes, progress)
+    return _FORMAT.bring(request)
 
 
 def _read(path: Path) -> list[Segment]:

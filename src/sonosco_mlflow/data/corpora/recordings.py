@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from sonosco_mlflow.data.corpora.audio import duration_of
-from sonosco_mlflow.data.corpora.base import Progress, some
+from sonosco_mlflow.data.corpora.base import Progress
+from sonosco_mlflow.data.corpora.unusable import UNREADABLE
 from sonosco_mlflow.errors import UserError
 
 Item = TypeVar("Item")
@@ -49,26 +50,13 @@ def audio_filepath(path: Path, directory: Path) -> str:
 
 
 def read_durations(recordings: Iterable[Path], processes: int, progress: Progress) -> dict[Path, float]:
-    """Return the duration of each recording in seconds.
-
-    Raises:
-        UserError: some are empty or cannot be read as audio; the first five are named.
-    """
-    durations = try_durations(recordings, processes, progress)
-    unreadable = [str(path) for path, duration in durations.items() if duration is None]
-    if unreadable:
-        raise UserError(f"recordings that are empty or cannot be read as audio: {some(unreadable)}.")
-    return {path: duration for path, duration in durations.items() if duration is not None}
-
-
-def try_durations(recordings: Iterable[Path], processes: int, progress: Progress) -> dict[Path, float | None]:
-    """Return the duration of each recording in seconds; None where it is empty or cannot be read as audio."""
+    """Return the duration of each recording in seconds, ``UNREADABLE`` where it is empty or cannot be read as audio."""
     paths = list(dict.fromkeys(recordings))
-    return dict(zip(paths, in_parallel(_try_duration, paths, len(paths), processes, progress), strict=True))
+    return dict(zip(paths, in_parallel(_duration, paths, len(paths), processes, progress), strict=True))
 
 
-def _try_duration(path: Path) -> float | None:
+def _duration(path: Path) -> float:
     try:
         return duration_of(path)
     except UserError:
-        return None
+        return UNREADABLE

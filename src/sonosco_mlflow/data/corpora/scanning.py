@@ -14,11 +14,11 @@ _NOT_TRANSCRIPTS = ("readme", "license", "licence", "copying", "notice")
 def scan(folder: Path, prefix: str, processes: int, progress: Progress) -> list[Utterance]:
     """Return the utterances under ``folder``; an id is ``prefix`` and the path, "-" for "/", no suffix.
 
-    Audio paths begin with ``folder``. A speaker is the name of the folder that a recording lies in, below ``folder``.
+    Audio paths begin with ``folder``; recordings that cannot be read are of ``UNREADABLE`` seconds. A speaker is the
+    name of the folder that a recording lies in, below ``folder``.
 
     Raises:
-        UserError: audio without transcript or the reverse, an empty transcript, or audio that cannot be read; files are
-            named, the first five and their number.
+        UserError: audio without transcript or the reverse; files are named, the first five and their number.
     """
     separate = (folder / "wav").is_dir() and (folder / "txt").is_dir()
     audio_root, text_root = (folder / "wav", folder / "txt") if separate else (folder, folder)
@@ -68,7 +68,4 @@ def _read_transcripts(transcripts: dict[Path, Path]) -> dict[Path, str]:
             texts[audio] = " ".join(transcript.read_text(encoding="utf-8-sig").split())
         except UnicodeDecodeError as error:
             raise UserError(f"{transcript}: found bytes that are not UTF-8. Save it as UTF-8.") from error
-    empty = [str(transcripts[audio]) for audio, text in texts.items() if not text]
-    if empty:
-        raise UserError(f"empty transcripts: {some(empty)}. Write what is said, or take the recording away too.")
     return texts

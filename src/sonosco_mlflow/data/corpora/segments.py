@@ -17,8 +17,9 @@ import soundfile
 
 from sonosco_mlflow.data.corpora.archives import PLAIN_NAME
 from sonosco_mlflow.data.corpora.audio import Samples, write_wave
-from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder
+from sonosco_mlflow.data.corpora.base import Request, make_audio_folder
 from sonosco_mlflow.data.corpora.recordings import in_parallel
+from sonosco_mlflow.data.corpora.unusable import UNREADABLE
 from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError
 
@@ -26,6 +27,10 @@ from sonosco_mlflow.errors import UserError
 _OVERSHOOT = 0.5
 _LONGEST_NAME = 200  # bytes, of the 255 that file systems allow
 _LOSSLESS = re.compile("PCM_(S8|U8|16)|U?LAW|ALAW")
+
+
+class _UnreadableError(UserError):
+    """A recording is not there, or is no audio from its first sample to its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +69,48 @@ def segment_id(recording: str, start: float, end: float) -> str:
     return f"{recording}-{round(start * 1000):07}-{round(end * 1000):07}"
 
 
-def lay_segments(
-    segments: Sequence[Segment], directory: Path, processes: int, progress: Progress
-) -> dict[str, Utterance]:
-    """Return the utterances by their ids: whole recordings where they lie, others cut into ``directory/wav``.
+def lay_segments(segments: Sequence[Segment], request: Request) -> tuple[dict[str, Utterance], dict[str, str]]:
+    """Return the utterances by their ids: whole recordings where they lie, others cut into ``request.directory/wav``.
 
-    The bytes do not depend on ``processes``. Nothing is cut before all headers have been read.
+    Nothing is cut before all headers have been read. Utterances without a text, or whose recording cannot be read, are
+    of ``UNREADABLE`` seconds, and the second dictionary says why.
 
     Raises:
-        UserError: two have one id; a recording is not there or cannot be read; a segment is empty or ends beyond its
-            recording.
+        UserError: two have one id, or a segment is empty or ends beyond its recording.
     """
     _refuse_twins(segments)
+    why = {one.id: f"{one.place}: {one.id!r} has an empty text" for one in segments if not one.text}
+    silent = {one.id: _utterance(one, UNREADABLE) for one in segments if not one.text}
     by_recording: dict[Path, list[Segment]] = {}
     for segment in segments:
-        by_recording.setdefault(segment.recording, []).append(segment)
+        if segment.text:
+            by_recording.setdefault(segment.recording, []).append(segment)
     groups = list(by_recording.values())
-    frames = in_parallel(_read_frames, groups, len(groups), processes, progress)
-    if not all(part.is_whole for parts in frames for part in parts):
-        make_audio_folder(directory)
+    frames = in_parallel(_read_frames, groups, len(groups), request.processes, request.progress)
+    if not all(part.is_whole for parts in frames if not isinstance(parts, _UnreadableError) for part in parts):
+        make_audio_folder(request.directory)
 
-    def lay(group: tuple[list[Segment], list[_Frames]]) -> list[Utterance]:
-        with open_recording(group[0][0].recording, group[0][0]) as file:
-            return [
-                _whole(segment, part) if part.is_whole else _cut(file, segment, part, directory)
-                for segment, part in zip(*group, strict=True)
-            ]
+    def of_no_use(segment: Segment, error: _UnreadableError) -> Utterance:
+        why[segment.id] = str(error)
+        return _utterance(segment, UNREADABLE)
 
-    laid = in_parallel(lay, zip(groups, frames, strict=True), len(groups), processes, progress)
-    return {utterance.id: utterance for utterances in laid for utterance in utterances}
+    def lay_one(file: soundfile.SoundFile, segment: Segment, part: _Frames) -> Utterance:
+        if part.is_whole:
+            return _utterance(segment, part.last / part.rate)
+        try:
+            return _cut(file, segment, part, request.directory)
+        except _UnreadableError as error:
+            return of_no_use(segment, error)
+
+    def lay(group: tuple[list[Segment], list[_Frames] | _UnreadableError]) -> list[Utterance]:
+        segments, parts = group
+        if isinstance(parts, _UnreadableError):
+            return [of_no_use(segment, parts) for segment in segments]
+        with open_recording(segments[0].recording, segments[0]) as file:
+            return [lay_one(file, segment, part) for segment, part in zip(segments, parts, strict=True)]
+
+    laid = in_parallel(lay, zip(groups, frames, strict=True), len(groups), request.processes, request.progress)
+    return silent | {utterance.id: utterance for utterances in laid for utterance in utterances}, why
 
 
 def cut_recording(content: IO[bytes], segments: Sequence[Segment], directory: Path) -> list[Utterance]:
@@ -108,15 +126,20 @@ def open_recording(recording: Path | IO[bytes], segment: Segment) -> soundfile.S
         UserError: it is not there, or cannot be read as audio.
     """
     if isinstance(recording, Path) and not recording.is_file():
-        raise UserError(f"{segment.place}: names a recording that is not there: {recording}")
+        raise _UnreadableError(f"{segment.place}: names a recording that is not there: {recording}")
     try:
         return soundfile.SoundFile(str(recording) if isinstance(recording, Path) else recording)
     except (soundfile.SoundFileError, OSError) as error:
-        raise UserError(f"{segment.place}: {segment.recording}: cannot be read as audio ({error}).") from error
+        raise _UnreadableError(f"{segment.place}: {segment.recording}: cannot be read as audio ({error})") from error
 
 
-def _read_frames(segments: list[Segment]) -> list[_Frames]:
-    with open_recording(segments[0].recording, segments[0]) as file:
+def _read_frames(segments: list[Segment]) -> list[_Frames] | _UnreadableError:
+    """Return which part of their recording each of the segments is, or why it cannot be read."""
+    try:
+        file = open_recording(segments[0].recording, segments[0])
+    except _UnreadableError as error:
+        return error
+    with file:
         return [_frames(segment, file) for segment in segments]
 
 
@@ -145,8 +168,8 @@ def _frames(segment: Segment, file: soundfile.SoundFile) -> _Frames:
     return _Frames(first, last, rate, is_whole)
 
 
-def _whole(segment: Segment, part: _Frames) -> Utterance:
-    return Utterance(segment.id, str(segment.recording), part.last / part.rate, segment.text, segment.speaker)
+def _utterance(segment: Segment, seconds: float) -> Utterance:
+    return Utterance(segment.id, str(segment.recording), seconds, segment.text, segment.speaker)
 
 
 def _cut(file: soundfile.SoundFile, segment: Segment, part: _Frames, directory: Path) -> Utterance:
@@ -169,11 +192,11 @@ def _read_samples(file: soundfile.SoundFile, segment: Segment, part: _Frames) ->
         file.seek(part.first)
         found = file.read(count, dtype="int16" if exact else "float64", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
-        raise UserError(f"{segment.place}: {segment.recording}: cannot be read as audio ({error}).") from error
+        raise _UnreadableError(f"{segment.place}: {segment.recording}: cannot be read as audio ({error})") from error
     if len(found) != count:
-        raise UserError(
+        raise _UnreadableError(
             f"{segment.place}: {segment.recording}: ends after {part.first + len(found)} samples of the "
-            f"{file.frames} that its header promises. It is damaged or was not copied to its end."
+            f"{file.frames} that its header promises: it is damaged or was not copied to its end"
         )
     if exact:
         samples: Samples = found[:, 0]

@@ -6,25 +6,22 @@ the recording's own header says it. There is no header line. Speakers are not kn
 
 from pathlib import Path
 
-from sonosco_mlflow.data.corpora.base import Progress
+from sonosco_mlflow.data.corpora.base import Brought, Request
 from sonosco_mlflow.data.corpora.listed import ListFormat, locate, read_lines
 from sonosco_mlflow.data.corpora.segments import Segment
-from sonosco_mlflow.data.corpora.splits import Parts
-from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Manifest
+from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER
 from sonosco_mlflow.errors import UserError
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Describe what Sonosco's manifests name; see ``Corpus.bring``.
 
     ``source`` is a ``.csv``, or a folder with ``train.csv``, ``dev.csv``, ``test.csv`` or those that ``parts`` names.
 
     Raises:
-        UserError: no source, a line of another form, or a recording or transcript that is not there or is empty.
+        UserError: no source, a line of another form, or a transcript that is not there.
     """
-    return _FORMAT.bring(directory, source, parts, processes, progress)
+    return _FORMAT.bring(request)
 
 
 def _read(path: Path) -> list[Segment]:

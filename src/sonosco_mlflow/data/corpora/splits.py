@@ -13,8 +13,8 @@ Parts = Mapping[str, Sequence[str]]
 """For each split, the names of the parts of the corpus that make it up."""
 
 
-def check_parts(parts: Parts) -> None:
-    """Return if ``parts`` names splits, something to train on, and no part twice.
+def check_parts(parts: Parts, hold_out: bool = True) -> None:
+    """Return if ``parts`` names splits, no part twice, and something to train on if others are cut from that.
 
     Raises:
         UserError: it does not.
@@ -22,7 +22,7 @@ def check_parts(parts: Parts) -> None:
     for split in parts:
         if split not in SPLITS:
             raise UserError(f"data.parts: found the split {split!r}, {nearest(split, SPLITS)}")
-    if not parts.get("train"):
+    if hold_out and not parts.get("train"):
         raise UserError("data.parts: names no part for train. Expected one at least: data.parts.train=[NAME]")
     split_of: dict[str, str] = {}
     for split, names in parts.items():

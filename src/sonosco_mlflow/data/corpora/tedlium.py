@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sonosco_mlflow.data.corpora.archives import PLAIN_NAME, members
-from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder, some
+from sonosco_mlflow.data.corpora.base import Brought, Request, make_audio_folder, some
 from sonosco_mlflow.data.corpora.download import download
 from sonosco_mlflow.data.corpora.recordings import in_parallel
 from sonosco_mlflow.data.corpora.segments import Segment, cut_recording, lay_segments, segment_id
-from sonosco_mlflow.data.corpora.splits import Parts, refuse_parts
-from sonosco_mlflow.data.corpora.splitting import cut_missing
-from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.data.corpora.splits import refuse_parts
+from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError
 
 ADDRESS = (
@@ -36,9 +35,7 @@ _Talk = tuple[str, str]
 """The split and the name of a talk."""
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Cut TED-LIUM's utterances into ``directory/wav/<talk>/``; see ``Corpus.bring``.
 
     ``source`` is a folder, an archive, or an address; without one it is that of the third release (50 GB). An archive
@@ -48,25 +45,29 @@ def bring(
     Raises:
         UserError: the source cannot be had or is no TED-LIUM, a line cannot be read, or a talk is missing.
     """
-    refuse_parts(parts, "TED-LIUM")
-    source = source or ADDRESS
-    place = download(source, progress) if "://" in source else Path(source).expanduser()
+    refuse_parts(request.parts, "TED-LIUM")
+    source = request.source or ADDRESS
+    place = download(source, request.progress) if "://" in source else Path(source).expanduser()
     talks = _read_talks(place)
-    if not any(split == "train" for split, _ in talks):
-        raise UserError(f"data.source: {place} has no talks to train on. Expected {_EXPECTED}: data/stm/*.stm")
+    if not talks:
+        raise UserError(f"data.source: {place} has no talks. Expected {_EXPECTED}: data/stm/*.stm")
+    why: dict[str, str] = {}
     if place.is_dir():
-        segments = [segment for talk in talks.values() for segment in talk]
-        laid = lay_segments(segments, directory, processes, progress)
+        laid, why = lay_segments([segment for talk in talks.values() for segment in talk], request)
     else:
-        make_audio_folder(directory)
+        make_audio_folder(request.directory)
         cuts = in_parallel(
-            lambda talk: cut_recording(*talk, directory), _recordings(place, talks), len(talks), processes, progress
+            lambda talk: cut_recording(*talk, request.directory),
+            _recordings(place, talks),
+            len(talks),
+            request.processes,
+            request.progress,
         )
         laid = {utterance.id: utterance for utterances in cuts for utterance in utterances}
     given: dict[str, list[Utterance]] = {}
     for (split, _), segments in talks.items():
         given.setdefault(split, []).extend(laid[segment.id] for segment in segments)
-    return {split: Manifest(utterances, directory) for split, utterances in cut_missing(given, place).items()}
+    return Brought(given, why)
 
 
 def _read_talks(place: Path) -> dict[_Talk, list[Segment]]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin
 
 from sonosco_mlflow.data.corpora.archives import PLAIN_NAME, Member, archives_in, members
-from sonosco_mlflow.data.corpora.base import Progress, make_audio_folder, note_left_out
+from sonosco_mlflow.data.corpora.base import Brought, Progress, Request, make_audio_folder
 from sonosco_mlflow.data.corpora.download import download, download_all, download_page
-from sonosco_mlflow.data.corpora.recordings import audio_filepath, read_durations, try_durations
+from sonosco_mlflow.data.corpora.recordings import audio_filepath, read_durations
 from sonosco_mlflow.data.corpora.segments import file_name
-from sonosco_mlflow.data.corpora.splits import Parts, refuse_parts
-from sonosco_mlflow.data.corpora.splitting import cut_missing
-from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.data.corpora.splits import refuse_parts
+from sonosco_mlflow.data.corpora.unusable import UNREADABLE
+from sonosco_mlflow.data.manifest import Utterance
 from sonosco_mlflow.errors import UserError
 
 ADDRESS = "http://www.repository.voxforge1.org/downloads/SpeechCorpus/Trunk/Audio/Main/16kHz_16bit/"
@@ -40,9 +40,7 @@ class _Visit:
         return {**self.prompts.get("prompts-original", {}), **self.prompts.get("PROMPTS", {})}
 
 
-def bring(
-    directory: Path, source: str | None, parts: Parts | None, processes: int, progress: Progress
-) -> dict[str, Manifest]:
+def bring(request: Request) -> Brought:
     """Bring VoxForge; see ``Corpus.bring``.
 
     ``source`` is a folder of archives, or of what they hold; an archive or its address; or the address of a page that
@@ -50,29 +48,29 @@ def bring(
     thousand archives. From archives, recordings go to ``directory/wav/<archive>/`` as they are.
 
     Users have sent what they had: prompts that nobody read, recordings without a prompt, empty files. These are named
-    in ``left-out.txt``. An archive that is damaged, or a folder's recording that cannot be read, is refused instead.
+    in ``left-out.txt``. An archive that is damaged is refused, and a folder's recording that cannot be read is told.
 
     Raises:
         UserError: the source cannot be had, has nothing of VoxForge, or is damaged.
     """
-    refuse_parts(parts, "VoxForge")
-    places = _places(source or ADDRESS, progress)
+    refuse_parts(request.parts, "VoxForge")
+    directory, source = request.directory, request.source or ADDRESS
+    places = _places(source, request.progress)
     if any(not place.is_dir() for place in places):
         make_audio_folder(directory)
     visits: dict[str, _Visit] = {}
     for done, place in enumerate(places, start=1):
         for member in members(place, _FILE, "VoxForge in its original layout"):
             _take(member, visits.setdefault(member.match["visit"], _Visit()), directory)
-        progress(done, len(places))
+        request.progress(done, len(places))
     left_out: list[str] = []
     pairs = list(_pairs(visits, left_out))
     unpacked = {path for visit in visits.values() for path in visit.recordings.values() if directory in path.parents}
-    durations = try_durations((path for path, _, _, _ in pairs if path in unpacked), processes, progress)
-    durations |= read_durations((path for path, _, _, _ in pairs if path not in unpacked), processes, progress)
+    durations = read_durations((path for path, _, _, _ in pairs), request.processes, request.progress)
     train = []
     for path, visit, name, text in pairs:
         duration = durations[path]
-        if duration is None:
+        if duration == UNREADABLE and path in unpacked:
             left_out.append(f"{visit}: {name}: is empty, or cannot be read as audio")
         else:
             unpacked.discard(path)
@@ -82,12 +80,10 @@ def bring(
         path.unlink()
     if not train:
         raise UserError(
-            f"data.source: found no recordings with texts in {source or ADDRESS}. Expected archives or folders "
+            f"data.source: found no recordings with texts in {source}. Expected archives or folders "
             "with wav/*.wav or flac/*.flac, and etc/PROMPTS or etc/prompts-original."
         )
-    note_left_out(directory, left_out)
-    splits = cut_missing({"train": train}, source or ADDRESS)
-    return {split: Manifest(utterances, directory) for split, utterances in splits.items()}
+    return Brought({"train": train}, left_out=left_out)
 
 
 def _places(source: str, progress: Progress) -> list[Path]:

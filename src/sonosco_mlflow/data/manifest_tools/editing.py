@@ -11,9 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from sonosco_mlflow.data.corpora.base import Progress, some
+from sonosco_mlflow.data.corpora.base import Progress, refuse_unusable, some
 from sonosco_mlflow.data.corpora.scanning import scan
 from sonosco_mlflow.data.corpora.splitting import group_of, position
+from sonosco_mlflow.data.corpora.unusable import without_unusable
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.manifest_tools.rows import numbered_rows
 from sonosco_mlflow.data.utterances import Utterance
@@ -57,12 +58,13 @@ def create(folder: Path, into: Path, prefix: str, processes: int, progress: Prog
     absolute elsewhere.
 
     Raises:
-        UserError: no such folder, no recordings, or recordings that are no pairs with transcripts.
+        UserError: no such folder, no recordings, recordings that are no pairs with transcripts, or that cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder. Expected the folder with your recordings.")
     root = folder.resolve()
     utterances = scan(root, prefix, processes, progress)
+    refuse_unusable(without_unusable(utterances, {}, root)[1])
     if not utterances:
         raise UserError(f"{folder}: no recordings. Expected wav/x.wav with txt/x.txt, or x.txt beside x.flac.")
     home = into.parent.resolve()
