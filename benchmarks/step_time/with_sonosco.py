@@ -54,7 +54,8 @@ def serve_model(task: Task) -> None:
             step()
         costs: dict[str, float] = {}
         for event in measured.key_averages():
-            name = event.key.rsplit("::", maxsplit=1)[-1].removesuffix("_backward")
+            # The same operation in place has a name with a bar at its end.
+            name = event.key.rsplit("::", maxsplit=1)[-1].removesuffix("_backward").rstrip("_")
             costs[name] = costs.get(name, 0.0) + event.self_cpu_time_total
         other = {name: cost for name, cost in costs.items() if name not in PRODUCTS}
         name = max(other, key=other.__getitem__)
