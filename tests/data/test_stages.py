@@ -155,5 +155,8 @@ def test_a_corpus_may_be_there_for_one_split_alone(tmp_path: Path) -> None:
     asked = Config.resolve(
         {**RECIPE, "data": {"processes": 1, "corpora": corpora}}, {"data.corpora.other.hold_out": "true"}
     )
-    with pytest.raises(UserError, match=r"other has no utterances to train on, only for test\. .*hold_out: false"):
+    with pytest.raises(
+        UserError,
+        match=r"^corpus other: data\.source: \S+other has no utterances to train on, only for test\. .*hold_out: false",
+    ):
         make_corpus(asked, "other", folder)

@@ -123,18 +123,27 @@ class DataFolder:
 
 
 def make_corpus(config: Config, name: str, folder: DataFolder, progress: Progress = _silent) -> list[Finding]:
-    """Bring a corpus of the recipe into its folder; name what is of no use there."""
+    """Bring a corpus of the recipe into its folder; name what is of no use there.
+
+    Raises:
+        UserError: its source is missing, wrong or incomplete; of several corpora, the message begins with its name.
+    """
     corpus = config.data.corpora[name]
-    bring_corpus(
-        corpus.kind,
-        folder.corpus(name),
-        source=corpus.source,
-        parts=corpus.parts or None,
-        processes=config.data.processes,
-        progress=partial(progress, f"corpus {name}"),
-        hold_out=corpus.hold_out,
-        set_unusable_aside=True,
-    )
+    try:
+        bring_corpus(
+            corpus.kind,
+            folder.corpus(name),
+            source=corpus.source,
+            parts=corpus.parts or None,
+            processes=config.data.processes,
+            progress=partial(progress, f"corpus {name}"),
+            hold_out=corpus.hold_out,
+            set_unusable_aside=True,
+        )
+    except UserError as error:
+        if len(config.data.corpora) == 1:
+            raise
+        raise UserError(f"corpus {name}: {error}") from error
     return were_set_aside(folder.corpus(name))
 
 
