@@ -83,7 +83,7 @@ def extractors() -> dict[str, tuple[Callable, str]]:
     )  # fmt: skip
 
     def by_torchaudio(waveform):
-        return mel(torch.nn.functional.pad(waveform, (56, 56))).clamp_min(1e-10).log().T
+        return mel(torch.nn.functional.pad(waveform, (56, 56))).clamp_min(1e-10).log().T.contiguous()
 
     def by_torchaudio_kaldi(waveform):
         return torchaudio.compliance.kaldi.fbank(waveform[None] * 2**15, num_mel_bins=80, sample_frequency=RATE)
@@ -94,7 +94,7 @@ def extractors() -> dict[str, tuple[Callable, str]]:
     def by_librosa(waveform):
         padded = np.pad(waveform.numpy(), (56, 56))
         energies = librosa.feature.melspectrogram(y=padded, window=window, htk=True, norm=None, **settings)
-        return np.log(np.maximum(energies, 1e-10)).T
+        return np.ascontiguousarray(np.log(np.maximum(energies, 1e-10)).T)
 
     lhotse = Fbank(FbankConfig(num_filters=80, dither=0.0, snip_edges=True, high_freq=0.0))
 

@@ -141,6 +141,8 @@ def main() -> None:
         return
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1] / "src")
     sizes = sorted(map(int, arguments.hours.split(",")))
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         need = 4 * arguments.mels * FRAMES_IN_AN_HOUR * (sizes[-1] + max(sizes[:-1], default=0)) * 1.1

@@ -27,6 +27,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from resume_peers import PYTHON, REPOSITORY, make_environment
 
@@ -83,19 +84,18 @@ class Competitor:
         )
         self.facts = self._answer()
 
-    def ask(self, what: str) -> dict:
+    def ask(self, what: str) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> dict:
+    def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} ended with status {self._process.wait()}, see above")
-        answer: dict = json.loads(line)
-        return answer
+        return json.loads(line)
 
     def end(self) -> None:
         assert self._process.stdin is not None
@@ -128,7 +128,9 @@ def measured(case: Case, pythons: dict[str, Path], rounds: int) -> dict[str, str
                 steps[name].append(seconds * floor["products"] if name == "floor" else seconds)
             for name, seconds in parts.items():
                 decoders[name].append(seconds)
-        ends = {name: competitor.ask("end") for name, competitor in competitors.items() if name != "floor"}
+        peaks = [competitor.ask("peak") for name, competitor in competitors.items() if name != "floor"]
+        # The profiler may take many times the memory of a step.
+        largest = competitors["ours"].ask("largest")
     row = {
         "model": case.name,
         "parameters": f"{ours['parameters'] / 1e6:.1f} M",
@@ -137,8 +139,8 @@ def measured(case: Case, pythons: dict[str, Path], rounds: int) -> dict[str, str
         "decoders alone": ratio(decoders["obvious"], decoders["ours"]) if ours["has_decoder"] else "no decoder",
         "peer / ours": "not asked for",
         "ours / floor": ratio(steps["ours"], steps["floor"]),
-        "largest cost beside products": ends["ours"]["largest"],
-        "peak memory: ours, obvious, peer": ", ".join(f"{end['peak']:.0f}" for end in ends.values()) + " MB",
+        "largest cost beside products": largest,
+        "peak memory: ours, obvious, peer": ", ".join(f"{peak:.0f}" for peak in peaks) + " MB",
     }
     if "peer" in steps:
         peer = competitors["peer"].facts

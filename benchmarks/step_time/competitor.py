@@ -58,9 +58,9 @@ def serve(
     """Say the ``facts``, then make a step or the decoder's part of it for each line that comes in, and time it."""
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
-        if line.strip() == "end":
+        if line.strip() in ("peak", "largest"):
             peak = (in_kilobytes("VmHWM") - BASE) / 1024
-            print(json.dumps({"peak": peak, "largest": largest()}), flush=True)
+            print(json.dumps(peak if line.strip() == "peak" else largest()), flush=True)
             continue
         started = time.process_time()
         {"step": step, "decoder": decoder}[line.strip()]()

@@ -135,7 +135,7 @@ class AudioDataProcessor:
     def _frames_of(self, waveform: Tensor) -> Tensor:
         """Return the natural logarithm of the mel energies of a waveform that is long enough."""
         energies: Tensor = self._spectrogram(torch.nn.functional.pad(waveform, (self._left, self._right)))
-        return energies.clamp_min(1e-10).log().T
+        return energies.clamp_min_(1e-10).log_().T
 
     def __call__(self, path: Path) -> Tensor:
         """Return the features ``[frames, size]`` of a sound file.

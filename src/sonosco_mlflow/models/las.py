@@ -225,12 +225,13 @@ class LAS(AttentionModel):
         padding = ~valid_frames(memory.lengths, memory.keys.shape[1])[:, None]
         blocked = memory.values.new_zeros(padding.shape).masked_fill(padding, float("-inf"))
         biases = (blocked if bias is None else blocked + bias).expand(-1, steps, -1)
-        of_tokens = speller.of_tokens(self.embedding(previous))
+        # Backwards, a slice is a whole of zeros but for itself; the parts of a split are put together once.
+        of_tokens = speller.of_tokens(self.embedding(previous)).split(1, dim=1)
         replaced = torch.rand(previous.shape, device=previous.device) < sampling if sampling else None
         draws = [False] * steps if replaced is None else replaced.any(dim=0).tolist()
         made: list[tuple[Tensor, Tensor]] = []
         for step in range(steps):
-            of_token = of_tokens[:, step : step + 1]
+            of_token = of_tokens[step]
             if replaced is not None and draws[step] and made:
                 with torch.no_grad():
                     drawn = _draw(self.output(made[-1][0]))
