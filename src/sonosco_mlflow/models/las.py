@@ -226,7 +226,7 @@ class LAS(AttentionModel):
         blocked = memory.values.new_zeros(padding.shape).masked_fill(padding, float("-inf"))
         biases = (blocked if bias is None else blocked + bias).expand(-1, steps, -1)
         # Backwards, a slice is a whole of zeros but for itself; the parts of a split are put together once.
-        of_tokens = speller.of_tokens(self.embedding(previous)).split(1, dim=1)
+        of_tokens = speller.of_tokens(self.embedding(previous)).chunk(steps, dim=1)
         replaced = torch.rand(previous.shape, device=previous.device) < sampling if sampling else None
         draws = [False] * steps if replaced is None else replaced.any(dim=0).tolist()
         made: list[tuple[Tensor, Tensor]] = []

@@ -255,6 +255,23 @@ def test_two_who_want_one_file_fetch_it_once(tagged: FileServer, tmp_path: Path)
     assert cached(tmp_path) == ["a.bin"]
 
 
+def test_who_comes_while_another_finds_it_there_finds_it_there_too(server: FileServer, tmp_path: Path) -> None:
+    server.files["/a.bin"] = CONTENT
+    assert fetch(server) == CONTENT
+    # As they are between two looks at the cache: it was not there at the first.
+    wanted = module._Wanted.read(server.address("/a.bin"))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(lambda _: module._bring(wanted, module._Tally([], show_nothing)), range(8000)):
+                pass
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(server.asked) == 1
+    assert cached(tmp_path) == ["a.bin"]
+
+
 def test_a_killed_download_goes_on(tagged: FileServer) -> None:
     tagged.files["/a.bin"] = content = os.urandom(3 << 20)
     code = (

@@ -188,10 +188,17 @@ def _alone_with(part: Path) -> Iterator[IO[bytes]]:
     while True:
         with part.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever had it before may have renamed or deleted it.
-            if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            if _is_at(file, part):
                 yield file
                 return
+
+
+def _is_at(file: IO[bytes], part: Path) -> bool:
+    """Return whether ``file`` still is what ``part`` names: whoever had it before may have renamed or deleted it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), part.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _fetch(wanted: _Wanted, part: Path, file: IO[bytes], tally: _Tally) -> None:
