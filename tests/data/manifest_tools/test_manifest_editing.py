@@ -69,6 +69,17 @@ def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
         create(tmp_path / "none", tmp_path / "m.jsonl", "", 1, silent)
 
 
+def test_a_folder_with_what_is_of_no_use_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        record(tmp_path / f"{name}.wav")
+    (tmp_path / "a.wav").write_bytes(b"no audio")
+    (tmp_path / "b.txt").write_text(" ")
+    with pytest.raises(
+        UserError, match=r"of no use: \S+a\.wav is empty or cannot .*, \S+b\.wav has an empty text\. Mend"
+    ):
+        create(tmp_path, tmp_path / "m.jsonl", "", 1, silent)
+
+
 def test_what_stands_there_is_kept_unless_it_is_the_same(tmp_path: Path) -> None:
     into = tmp_path / "m.jsonl"
     write_new(Manifest([utterance("a")], tmp_path), into)
