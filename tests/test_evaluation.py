@@ -5,8 +5,10 @@ import io
 import pytest
 import torch
 from matplotlib import image
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from sonosco_mlflow import evaluation
 from sonosco_mlflow.data.dataset import Sample
 from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.evaluation import alignment_picture, compared_curves, learning_curves, mel_spectrogram
@@ -52,6 +54,27 @@ def test_curves_are_drawn() -> None:
     assert learning_curves(CURVES) != learning_curves({**CURVES, "train_loss": ([1, 2], [2.0, 1.5])})
     assert_drawn(learning_curves({}), learning_curves({}))
     assert_drawn(compared_curves(CURVES, {}), compared_curves(CURVES, {}))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e300])
+def test_whatever_the_numbers_are_curves_are_drawn(value: float) -> None:
+    curves = {
+        "train_loss": ([1, 2], [2.0, value]),
+        "val_loss": ([2], [value]),
+        "val_word_error_rate": ([1, 2], [value, 3.0]),
+    }
+    assert_drawn(learning_curves(curves), learning_curves(curves))
+
+
+def test_what_is_learnt_is_not_crushed_by_how_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(evaluation, "png", figures.append)
+    learning_curves({"train_loss": ([1, 2], [30.0, 0.5]), "val_word_error_rate": ([1, 2], [20.0, 0.25])})
+    learning_curves({"train_loss": ([1, 2], [2.0, 1.0]), "val_word_error_rate": ([1, 2], [0.2, 0.1])})
+    (far, above), (near, below) = (figure.axes for figure in figures)
+    assert (far.get_yscale(), near.get_yscale()) == ("log", "linear")
+    assert above.get_ylim() == (0.0, 1.02)
+    assert below.get_ylim() == (0.0, pytest.approx(0.21))
 
 
 @pytest.mark.parametrize("text", ["plain", "$_{ AND $5", "\\frac{", "naïve 話", "", "two\nlines"])

@@ -1,10 +1,12 @@
 """What a run shows at its end: hypotheses beside references, learning curves, an alignment, a spectrogram."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 from torch import Tensor
 
 from sonosco_mlflow.data.dataset import Sample
@@ -16,6 +18,9 @@ from sonosco_mlflow.text import SpecialToken, Tokenizer
 from sonosco_mlflow.training.validation import Validation
 
 Curve = tuple[Sequence[int], Sequence[float]]
+
+# A loss that falls to less than one part in so many is drawn on a logarithmic scale, which has an end, too.
+_FAR, _TOO_FAR = 5.0, 1e9
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ def with_intervals(validation: Validation, prefix: str) -> Validation:
 def learning_curves(curves: Mapping[str, Curve]) -> bytes:
     """Return a PNG of losses above and error rates below, over optimizer steps.
 
+    Losses that fall far are on a logarithmic scale. Error rates above 1, which a model that has learnt little yet may
+    have, lie beyond the picture.
+
     Args:
         curves: steps and values by metric name; what is neither a loss nor an error rate is left out.
     """
@@ -71,8 +79,27 @@ def learning_curves(curves: Mapping[str, Curve]) -> bytes:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
+    low, high = _range(curves, "loss")
+    if low > 0 and _FAR < high / low < _TOO_FAR:
+        losses.set_yscale("log")
+        losses.yaxis.set_major_formatter(ScalarFormatter())
+        losses.yaxis.set_minor_formatter(NullFormatter())
+    rates.set_ylim(0.0, min(1.02, 1.05 * _range(curves, "error_rate")[1]) or 1.02)
+    rates.yaxis.set_major_formatter(PercentFormatter(1.0))
     rates.set_xlabel("optimizer step")
     return png(figure)
+
+
+def _range(curves: Mapping[str, Curve], ending: str) -> tuple[float, float]:
+    """Return the least and the greatest number of the curves whose names end so; zeros where there is none."""
+    finite = [
+        value
+        for name, (_, values) in curves.items()
+        if name.endswith(ending)
+        for value in values
+        if math.isfinite(value)
+    ]
+    return min(finite, default=0.0), max(finite, default=0.0)
 
 
 def compared_curves(one: Mapping[str, Curve], other: Mapping[str, Curve]) -> bytes:
