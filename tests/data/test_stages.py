@@ -160,3 +160,16 @@ def test_a_corpus_may_be_there_for_one_split_alone(tmp_path: Path) -> None:
         match=r"^corpus other: data\.source: \S+other has no utterances to train on, only for test\. .*hold_out: false",
     ):
         make_corpus(asked, "other", folder)
+
+
+def test_rows_of_two_corpora_are_counted_apart(tmp_path: Path) -> None:
+    folder, names = DataFolder(tmp_path / "data"), ("one", "other")
+    for name in names:
+        for split in ("train", "dev", "test"):
+            tone_corpus(folder.corpus(name) / split, tone_texts(4)).write(folder.corpus(name) / f"{split}.jsonl")
+        path = folder.corpus(name) / "train" / "tone-001.wav"
+        soundfile.write(path, np.zeros(soundfile.info(path).frames), SAMPLE_RATE, subtype="PCM_16")
+    corpora = {name: {"kind": "folder", "source": "x"} for name in names}
+    config = Config.resolve({**RECIPE, "data": {"processes": 1, "corpora": corpora, "skip": ["silence"]}}, {})
+    make_after_corpus(config, folder)
+    assert folder.count_skipped() == {"train": 2}

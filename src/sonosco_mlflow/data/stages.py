@@ -105,8 +105,9 @@ class DataFolder:
         """Return how many utterances of each split were left out of the dataset."""
         lines = (line for name in self.corpora() for line in self.skipped(name).read_text("utf-8").splitlines())
         findings = [json.loads(line) for line in lines]
-        rows = {(Path(row["manifest"]).name, row["line"]) for row in findings}
-        return Counter(name.partition(".")[0] for name, _ in rows)
+        # More than one check may find something in a row.
+        rows = {(row["manifest"], row["line"]) for row in findings}
+        return Counter(Path(manifest).name.partition(".")[0] for manifest, _ in rows)
 
     def store(self, split: str) -> "JoinedFeatures":
         """Open the features of a split.

@@ -39,7 +39,7 @@ def bring(request: Request) -> Brought:
     ``source`` is a folder, an archive or its address; there is no address of its own, because Mozilla hands archives
     out by name and licence. An archive is read twice: the tables, then the clips that they name, which go to
     ``directory/wav/`` as they are. A clip of an archive that is empty is named in ``left-out.txt``, since it was
-    published so; one in a folder is told.
+    published so; one in a folder makes an utterance of no use.
 
     Raises:
         UserError: no source, one that cannot be had or has more than one language, a table or clips that are missing.

@@ -48,7 +48,8 @@ def bring(request: Request) -> Brought:
     thousand archives. From archives, recordings go to ``directory/wav/<archive>/`` as they are.
 
     Users have sent what they had: prompts that nobody read, recordings without a prompt, empty files. These are named
-    in ``left-out.txt``. An archive that is damaged is refused, and a folder's recording that cannot be read is told.
+    in ``left-out.txt``. An archive that is damaged is refused. A folder's recording that cannot be read makes an
+    utterance of no use.
 
     Raises:
         UserError: the source cannot be had, has nothing of VoxForge, or is damaged.
