@@ -1,4 +1,6 @@
+import math
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -25,22 +27,32 @@ def noise(samples: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(samples, generator=torch.Generator().manual_seed(seed)) - 0.5
 
 
-def test_features_are_the_logarithm_of_torchaudios_mel_spectrogram() -> None:
+# Windows of 400, 160 and 441 samples: fewer than are transformed, by an even number and an odd one.
+SIZES = [(16000, 0.025, 0.01), (8000, 0.02, 0.0125), (11025, 0.04, 0.016)]
+
+
+def in_torchaudio(sizes: tuple[int, float, float], window: str) -> tuple[dict[str, Any], tuple[int, int]]:
+    """What torchaudio's transforms are to be made with, and what its waveforms are to be padded with."""
+    length, hop = round(sizes[0] * sizes[1]), round(sizes[0] * sizes[2])
+    transformed = 2 ** math.ceil(math.log2(length))
+    settings = {"n_fft": transformed, "win_length": length, "hop_length": hop, "n_mels": 40, "center": False}
+    left = (transformed - length) // 2
+    return settings | {"window_fn": WINDOWS[window]}, (left, transformed - length - left)
+
+
+@pytest.mark.parametrize("window", sorted(WINDOWS))
+@pytest.mark.parametrize("sizes", SIZES)
+def test_features_are_the_logarithm_of_torchaudios_mel_spectrogram(
+    window: str, sizes: tuple[int, float, float]
+) -> None:
     waveform = noise(5000)
-    transform = torchaudio.transforms.MelSpectrogram(
-        16000,
-        n_fft=512,
-        win_length=400,
-        hop_length=160,
-        n_mels=40,
-        center=False,
-        window_fn=torch.hann_window,
-        wkwargs={"periodic": False},
-    )
-    # A window of 400 samples stands in the middle of its 512.
-    expected = transform(torch.nn.functional.pad(waveform, (56, 56))).clamp_min(1e-10).log().T
-    found = AudioDataProcessor(n_mels=40).features(waveform)
+    settings, padding = in_torchaudio(sizes, window)
+    transform = torchaudio.transforms.MelSpectrogram(sizes[0], **settings)
+    expected = transform(torch.nn.functional.pad(waveform, padding)).clamp_min(1e-10).log().T
+    processor = AudioDataProcessor(sizes[0], 40, *sizes[1:], window)
+    found = processor.features(waveform)
     assert found.dtype == torch.float32
+    assert found.shape == (processor.frames(5000), processor.size)
     assert torch.equal(found, expected)
 
 
@@ -48,7 +60,7 @@ KALDI_WINDOWS = {"hann": "hanning", "hamming": "hamming", "blackman": "blackman"
 
 
 @pytest.mark.parametrize("window", sorted(WINDOWS))
-@pytest.mark.parametrize("sizes", [(16000, 0.025, 0.01), (8000, 0.02, 0.0125), (11025, 0.04, 0.016)])
+@pytest.mark.parametrize("sizes", SIZES)
 def test_filter_banks_are_those_of_torchaudios_kaldi(window: str, sizes: tuple[int, float, float]) -> None:
     rate, size, stride = sizes
     processor = KaldiFilterBankProcessor(rate, 40, size, stride, window)
@@ -81,14 +93,13 @@ def test_kaldi_counts_samples_as_all_others_do(samples: int, sizes: tuple[int, f
 @pytest.mark.parametrize("loudness", [1.0, 1e-3])
 def test_coefficients_are_torchaudios(loudness: float) -> None:
     waveform = loudness * noise(5000)
-    settings = {"n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 40, "center": False}
-    settings |= {"window_fn": torch.hann_window, "wkwargs": {"periodic": False}}
+    settings, padding = in_torchaudio((16000, 0.025, 0.01), "hann")
     transform = torchaudio.transforms.MFCC(16000, n_mfcc=13, log_mels=True, melkwargs=settings)
-    expected = transform(torch.nn.functional.pad(waveform, (56, 56))).T
+    expected = transform(torch.nn.functional.pad(waveform, padding)).T
     processor = MelCepstrumProcessor(n_mels=40, n_mfcc=13)
     found = processor.features(waveform)
     assert found.shape == (processor.frames(5000), processor.size) == (29, 13)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

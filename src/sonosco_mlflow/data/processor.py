@@ -1,7 +1,7 @@
 """AudioDataProcessor: from a sound file to features, log-mel energies or what is made of them.
 
-All of them are torchaudio's numbers, without dither. A frame covers the samples from the start of its window on, so
-that the number of frames follows from the number of samples alone.
+All of them are torchaudio's numbers to the last bit, without dither, and windows and filters are made once. A frame
+covers the samples from the start of its window on, so that the number of frames follows from the number of samples.
 
 >>> processor = AudioDataProcessor(n_mels=80)
 >>> processor.features(torch.zeros(16000)).shape
@@ -27,6 +27,15 @@ WINDOWS: Mapping[str, Callable[[int], Tensor]] = {
     "blackman": partial(torch.blackman_window, periodic=False),
     "povey": lambda length: torch.hann_window(length, periodic=False) ** 0.85,
 }
+
+PRE_EMPHASIS = 0.97  # Kaldi's
+
+
+def _kaldi_blackman(length: int) -> Tensor:
+    """Return what `torch.blackman_window` does but for the rounding, which low energies show."""
+    samples = torch.arange(length, dtype=torch.float32)
+    step = 2 * math.pi / (length - 1)
+    return 0.42 - 0.5 * torch.cos(step * samples) + 0.08 * torch.cos(2 * step * samples)
 
 
 def resampled_length(samples: int, rate: int, new_rate: int) -> int:
@@ -60,7 +69,7 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
 
 @serializable
 class AudioDataProcessor:
-    """Log-mel filter-bank energies of a waveform, by torchaudio, without dither.
+    """Log-mel filter-bank energies of a waveform, as ``torchaudio.transforms.MelSpectrogram`` computes them.
 
     Args:
         sample_rate: Hz; audio at another rate is resampled to it.
@@ -93,25 +102,16 @@ class AudioDataProcessor:
                 f"features.window_size {window_size} and features.window_stride {window_stride} are "
                 f"{self.window_length} and {self.hop_length} samples at {sample_rate} Hz; expected at least 2 and 1"
             )
-        n_fft = 2 ** math.ceil(math.log2(self.window_length))
-        if n_mels > n_fft // 2 + 1:
+        self._n_fft = 2 ** math.ceil(math.log2(self.window_length))
+        if n_mels > self._n_fft // 2 + 1:
             raise UserError(
-                f"features.n_mels is {n_mels}, expected at most {n_fft // 2 + 1}, the frequencies of a window of "
+                f"features.n_mels is {n_mels}, expected at most {self._n_fft // 2 + 1}, the frequencies of a window of "
                 f"{self.window_length} samples"
             )
-        self._spectrogram = torchaudio.transforms.MelSpectrogram(
-            sample_rate,
-            n_fft=n_fft,
-            win_length=self.window_length,
-            hop_length=self.hop_length,
-            n_mels=n_mels,
-            window_fn=WINDOWS[window],
-            center=False,
+        self._window = WINDOWS[window](self.window_length)
+        self._filters = torchaudio.functional.melscale_fbanks(
+            self._n_fft // 2 + 1, 0.0, float(sample_rate // 2), n_mels, sample_rate
         )
-        # center=False pads the window symmetrically to n_fft; the waveform is padded alike, so that frame i covers
-        # exactly the samples from i * hop_length on.
-        self._left = (n_fft - self.window_length) // 2
-        self._right = n_fft - self.window_length - self._left
 
     @property
     def size(self) -> int:
@@ -130,12 +130,24 @@ class AudioDataProcessor:
         """
         if self.frames(len(waveform)) == 0:
             raise UserError(f"{len(waveform)} samples are shorter than one analysis window of {self.window_length}")
-        return self._frames_of(waveform).contiguous()
+        return self._frames_of(waveform)
 
     def _frames_of(self, waveform: Tensor) -> Tensor:
         """Return the natural logarithm of the mel energies of a waveform that is long enough."""
-        energies: Tensor = self._spectrogram(torch.nn.functional.pad(waveform, (self._left, self._right)))
-        return energies.clamp_min_(1e-10).log_().T
+        return self._mel_energies(waveform).clamp_min_(1e-10).log_()
+
+    def _mel_energies(self, waveform: Tensor) -> Tensor:
+        frames = waveform.unfold(0, self.window_length, self.hop_length)
+        spread = frames.new_zeros(len(frames), self._n_fft)
+        # torchaudio has a window in the middle of the samples that are transformed, which the rounding depends on.
+        left = (self._n_fft - self.window_length) // 2
+        torch.mul(frames, self._window, out=spread[:, left : left + self.window_length])
+        return self._filtered(spread)
+
+    def _filtered(self, windows: Tensor) -> Tensor:
+        """Return the mel energies ``[frames, n_mels]`` of windows ``[frames, n_fft]``."""
+        energies: Tensor = torch.fft.rfft(windows).abs().square_() @ self._filters
+        return energies
 
     def __call__(self, path: Path) -> Tensor:
         """Return the features ``[frames, size]`` of a sound file.
@@ -178,18 +190,29 @@ class KaldiFilterBankProcessor(AudioDataProcessor):
         super().__init__(sample_rate, n_mels, window_size, window_stride, window)
         if n_mels < 4:
             raise UserError(f"features.n_mels is {n_mels}, expected at least 4 for Kaldi's filter banks")
+        self._window = (_kaldi_blackman if window == "blackman" else WINDOWS[window])(self.window_length)
+        banks, _ = torchaudio.compliance.kaldi.get_mel_banks(
+            n_mels,
+            self._n_fft,
+            sample_rate,
+            low_freq=20.0,
+            high_freq=0.0,  # up to half the sample rate
+            vtln_low=100.0,
+            vtln_high=-500.0,
+            vtln_warp_factor=1.0,  # none
+        )
+        self._filters = torch.nn.functional.pad(banks, (0, 1)).T
 
     def _frames_of(self, waveform: Tensor) -> Tensor:
-        energies: Tensor = torchaudio.compliance.kaldi.fbank(
-            waveform[None] * 2**15,
-            sample_frequency=self.sample_rate,
-            num_mel_bins=self.n_mels,
-            # In milliseconds, of which the samples are cut off: a half more keeps them whole.
-            frame_length=1000 * (self.window_length + 0.5) / self.sample_rate,
-            frame_shift=1000 * (self.hop_length + 0.5) / self.sample_rate,
-            window_type={"hann": "hanning"}.get(self.window, self.window),
-        )
-        return energies
+        frames = waveform.unfold(0, self.window_length, self.hop_length) * 2**15
+        frames -= frames.mean(dim=1, keepdim=True)
+        spread = frames.new_zeros(len(frames), self._n_fft)
+        emphasised = spread[:, : self.window_length]
+        torch.mul(frames[:, :-1], -PRE_EMPHASIS, out=emphasised[:, 1:])
+        torch.mul(frames[:, 0], -PRE_EMPHASIS, out=emphasised[:, 0])
+        emphasised += frames
+        emphasised *= self._window
+        return self._filtered(spread).clamp_min_(torch.finfo(torch.float32).eps).log_()
 
 
 @serializable
@@ -229,7 +252,6 @@ class MelCepstrumProcessor(AudioDataProcessor):
         return self.n_mfcc
 
     def _frames_of(self, waveform: Tensor) -> Tensor:
-        energies: Tensor = self._spectrogram(torch.nn.functional.pad(waveform, (self._left, self._right)))
         # torchaudio adds this to energies that are to become coefficients, where log-mel energies are cut off.
-        coefficients: Tensor = (energies + 1e-6).log().T @ self._cosines
+        coefficients: Tensor = (self._mel_energies(waveform) + 1e-6).log() @ self._cosines
         return coefficients
