@@ -42,6 +42,17 @@ def test_the_projects_own_recipe_is_made_in_its_own_folder(project: Path, own: D
     assert ready_data(recipe(project), project) == own
 
 
+def test_what_a_killed_dvc_left_empty_is_made_anew(project: Path, own: DataFolder) -> None:
+    lock, in_use = project / "dvc.lock", project / ".dvc" / "tmp" / "rwlock"
+    before, outputs = lock.read_bytes(), stage_outputs(own)
+    for path in (lock, in_use):
+        assert path.exists()
+        path.write_bytes(b"")
+    assert prepare_data(recipe(project), project) == own
+    assert lock.read_bytes() == before
+    assert stage_outputs(own) == outputs
+
+
 def test_another_recipe_leaves_the_project_as_it_is(project: Path, own: DataFolder) -> None:
     before = {name: (project / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
     features = {path: path.stat().st_mtime_ns for path in own.features("tones").rglob("*.npy")}

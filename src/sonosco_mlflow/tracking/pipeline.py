@@ -269,12 +269,32 @@ def dvc(
     )
 
 
+def remove_torn(workspace: Path) -> None:
+    """Remove what a DVC that was killed has left empty: its lock file of the stages and its list of what is in use.
+
+    DVC empties them and writes them anew, and refuses to begin with an empty one. What the stages have made is in its
+    cache all the same.
+    """
+    guards = workspace / ".dvc" / "tmp"
+    for path, guard in ((workspace / "dvc.lock", guards / "lock"), (guards / "rwlock", guards / "rwlock.lock")):
+        if _is_empty(path):
+            # DVC's own guard of that file: one that is alive may be writing it now.
+            with locked(guard):
+                if _is_empty(path):
+                    path.unlink()
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
 def reproduce(workspace: Path) -> None:
     """Run what must run of the data stages.
 
     Raises:
         UserError: a stage failed; then the message is its own.
     """
+    remove_torn(workspace)
     # The stages name `python`: it must be the one that runs now, wherever DVC was called from.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = [sys.executable, "-m", "dvc", "repro", LAST_STAGE]
