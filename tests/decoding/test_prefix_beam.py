@@ -98,13 +98,9 @@ def test_one_prefix_is_one_hypothesis(seed: int, beam: int, sharpness: float) ->
 def test_what_a_wide_beam_searches_by_is_the_sum_over_all_paths(seed: int) -> None:
     log_probs = random_log_probs(seed, 2, 4, 2)
     found = prefix_beam._search(log_probs, torch.tensor([4, 4]), Search(beam=EXHAUSTIVE))
-    sums = found.blank.logaddexp(found.token).exp()
     for row, expected in enumerate(map(ctc_sums, log_probs)):
-        texts = [
-            tuple(text[:count])
-            for text, count in zip((found.tokens[row] + FIRST).tolist(), found.counts[row], strict=True)
-        ]
-        seen = {text: value for text, value in zip(texts, sums[row].tolist(), strict=True) if value > 0}
+        texts = [tuple(text[:count]) for text, count in zip(found.tokens[row].tolist(), found.counts[row], strict=True)]
+        seen = {text: value for text, value in zip(texts, found.sums[row].exp().tolist(), strict=True) if value > 0}
         assert seen == pytest.approx(expected, abs=1e-12)
 
 

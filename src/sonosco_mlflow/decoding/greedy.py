@@ -84,8 +84,22 @@ def ctc_log_likelihood(log_probs: Tensor, lengths: Tensor, tokens: Tensor, token
     )
 
 
-def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[Decoded]:
+def ctc_best_paths(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
     """Return the tokens on each utterance's best path: repeats merged, then blanks dropped.
+
+    Args:
+        log_probs: ``[batch, frames, vocabulary]``.
+        lengths: ``[batch]``, frames of each utterance.
+    """
+    best = log_probs.argmax(dim=-1)
+    before = functional.pad(best[:, :-1], (1, 0), value=-1)
+    valid = torch.arange(best.shape[1]) < lengths[:, None]
+    kept = valid & (best != before) & (best >= len(SpecialToken))
+    return [row[mask] for row, mask in zip(best, kept, strict=True)]
+
+
+def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[Decoded]:
+    """Return the tokens on each utterance's best path.
 
     The score is that of the token sequence over all its alignments, not of the one path.
 
@@ -94,13 +108,9 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[Decoded]:
         lengths: ``[batch]``, frames of each utterance.
     """
     log_probs, lengths = log_probs.detach().cpu(), lengths.cpu()
-    best = log_probs.argmax(dim=-1)
-    before = functional.pad(best[:, :-1], (1, 0), value=-1)
-    valid = torch.arange(best.shape[1]) < lengths[:, None]
-    kept = valid & (best != before) & (best >= len(SpecialToken))
-    rows = [row[mask] for row, mask in zip(best, kept, strict=True)]
+    rows = ctc_best_paths(log_probs, lengths)
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float(SpecialToken.PAD))
-    scores = ctc_log_likelihood(log_probs, lengths, tokens, kept.sum(dim=1))
+    scores = ctc_log_likelihood(log_probs, lengths, tokens, torch.tensor([len(row) for row in rows]))
     return [
         Decoded(row.tolist(), score, torch.empty(0), score) for row, score in zip(rows, scores.tolist(), strict=True)
     ]

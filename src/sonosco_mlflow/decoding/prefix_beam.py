@@ -1,7 +1,8 @@
 """Prefix beam search for CTC (Graves 2012, section 7.5.3; Hannun et al. 2014, arXiv 1408.2873, algorithm 1).
 
 A prefix's probability is summed over its alignments, those that end in a blank apart from those that do not, because
-only behind a blank does the same token again make another one. All prefixes of all utterances read a frame together.
+only behind a blank does the same token again make another one. All prefixes of all utterances read a frame together, in
+few operations: their number, not their size, is what a frame costs.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sonosco_mlflow.decoding.greedy import Decoded, ctc_greedy, ctc_log_likelihood
+from sonosco_mlflow.decoding.greedy import Decoded, ctc_best_paths, ctc_log_likelihood
 from sonosco_mlflow.decoding.search import Search, TokenScores
 from sonosco_mlflow.text import SpecialToken
 
 NEVER = float("-inf")
 FIRST = len(SpecialToken)
+EMPTY_KEY = 1
+NO_KEY = 0
+KEY_FACTOR = 6364136223846793005  # of Knuth's MMIX generator (The Art of Computer Programming, volume 2, 3.3.4)
 
 
 def ctc_beam(log_probs: Tensor, lengths: Tensor, search: Search) -> list[list[Decoded]]:
@@ -32,15 +36,12 @@ def ctc_beam(log_probs: Tensor, lengths: Tensor, search: Search) -> list[list[De
         search: the settings; its language model is one over tokens.
     """
     log_probs, lengths = log_probs.detach().cpu(), lengths.cpu()
-    found = _Fusion(search).end(_search(log_probs, lengths, search))
-    tokens, counts, bonus = found.tokens + FIRST, found.counts, found.bonus
-    is_found = found.blank.logaddexp(found.token) > NEVER
+    found = _search(log_probs, lengths, search)
+    tokens, counts, bonus, is_found = found.tokens, found.counts, found.bonus, found.sums > NEVER
     if search.language_model is None:
-        greedy = [one.tokens for one in ctc_greedy(log_probs, lengths)]
-        rows = torch.zeros(len(greedy), 1, tokens.shape[2], dtype=torch.int64)
-        for row, said in zip(rows, greedy, strict=True):
-            row[0, : len(said)] = torch.tensor(said, dtype=torch.int64)
-        own = torch.tensor([[len(said)] for said in greedy])
+        paths = ctc_best_paths(log_probs, lengths)
+        own = torch.tensor([[len(path)] for path in paths])
+        rows = torch.stack([functional.pad(path, (0, tokens.shape[2] - len(path))) for path in paths])[:, None]
         tokens, counts = torch.cat([tokens, rows], dim=1), torch.cat([counts, own], dim=1)
         bonus = torch.cat([bonus, search.length_reward * own.double()], dim=1)
         is_found = functional.pad(is_found, (0, 1), value=True)
@@ -63,25 +64,41 @@ def ctc_beam(log_probs: Tensor, lengths: Tensor, search: Search) -> list[list[De
 class _Prefixes:
     """The prefixes of a beam, ``[batch, beam]`` each; tokens count from the first that is not special.
 
+    A prefix is known by a key that its tokens make, ``key * KEY_FACTOR + token + 1`` behind one more of them. Two of a
+    beam share one by chance with a probability of about 2 ** -64.
+
     Attributes:
         blank: log-probability of the alignments that end in a blank.
         token: log-probability of those that end in the last token.
         bonus: what language model and length reward add.
-        last: last token; -1 of the empty prefix.
-        counts: number of tokens.
-        tokens: ``[batch, beam, frames]``, valid up to ``counts``.
-        begins: ``[batch, beam, beam]``, whether the first prefix is the second's beginning, or all of it.
-        states: of the language model.
+        last: last token; the number of tokens there are, of the empty prefix.
+        key: of all tokens.
+        parent: of all but the last; ``NO_KEY`` of the empty prefix, and of a place where there is no prefix.
     """
 
     blank: Tensor
     token: Tensor
     bonus: Tensor
     last: Tensor
-    counts: Tensor
+    key: Tensor
+    parent: Tensor
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search ends with.
+
+    Attributes:
+        tokens: ``[batch, beam, length]``.
+        counts: ``[batch, beam]``, how many of them are valid.
+        sums: log-probability of the alignments that were seen; -inf where there is no prefix.
+        bonus: what language model and length reward add.
+    """
+
     tokens: Tensor
-    begins: Tensor
-    states: Tensor
+    counts: Tensor
+    sums: Tensor
+    bonus: Tensor
 
 
 class _Fusion:
@@ -97,135 +114,128 @@ class _Fusion:
             return torch.zeros(batch, beam, dtype=torch.int64)
         return self.language_model.start(batch * beam).cpu().view(batch, beam)
 
-    def gains(self, states: Tensor, tokens: int) -> Tensor:
-        """Return ``[n, tokens]``, what each next token adds behind ``states`` ``[n]``."""
+    def gains(self, states: Tensor, kinds: int) -> Tensor:
+        """Return ``[n, kinds + 1]``, what each next token adds behind ``states`` ``[n]``, and then nothing for none."""
         if self.language_model is None or not self.weight:
-            return torch.full((len(states), tokens), self.reward, dtype=torch.float64)
-        return self.reward + self.weight * self.language_model.log_probs(states).cpu()[:, FIRST:]
+            gains = torch.full((len(states), kinds), self.reward, dtype=torch.float64)
+        else:
+            gains = self.reward + self.weight * self.language_model.log_probs(states).cpu()[:, FIRST:]
+        return functional.pad(gains, (0, 1))
 
-    def advanced(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """Return the states ``[n]`` behind one more token."""
+    def followed(self, states: Tensor, gains: Tensor, place: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states and gains of prefixes at ``place`` ``[batch, beam]``, behind ``said`` where it is a token."""
         if self.language_model is None:
-            return states
-        return self.language_model.advance(states, tokens + FIRST).cpu()
+            return states, gains
+        kinds = gains.shape[-1] - 1
+        states, gains = states.gather(1, place), gains.gather(1, place[..., None].expand_as(gains))
+        is_longer = said < kinds
+        states[is_longer] = self.language_model.advance(states[is_longer], said[is_longer] + FIRST).cpu()
+        gains[is_longer] = self.gains(states[is_longer], kinds)
+        return states, gains
 
-    def end(self, prefixes: _Prefixes) -> _Prefixes:
-        """Return the prefixes as whole sentences."""
+    def ends(self, states: Tensor) -> Tensor:
+        """Return ``[batch, beam]``, what the end of sentence adds."""
         if self.language_model is None or not self.weight:
-            return prefixes
-        ends = self.language_model.log_probs(prefixes.states.flatten()).cpu()[:, SpecialToken.EOS]
-        return _replaced(prefixes, bonus=prefixes.bonus + self.weight * ends.view_as(prefixes.bonus))
+            return torch.zeros(states.shape, dtype=torch.float64)
+        scores = self.language_model.log_probs(states.flatten()).cpu()[:, SpecialToken.EOS]
+        return self.weight * scores.view(states.shape)
 
 
-def _replaced(prefixes: _Prefixes, **changes: Tensor) -> _Prefixes:
-    return _Prefixes(**{**vars(prefixes), **changes})
-
-
-def _search(log_probs: Tensor, lengths: Tensor, search: Search) -> _Prefixes:
+def _search(log_probs: Tensor, lengths: Tensor, search: Search) -> _Found:
     batch, frames, vocabulary = log_probs.shape
     kinds, beam = vocabulary - FIRST, search.beam
     fusion = _Fusion(search)
     # Behind its last frame an utterance has blanks for certain: they change nothing.
-    valid = torch.arange(frames) < lengths[:, None]
-    blanks = log_probs[..., SpecialToken.BLANK].double().masked_fill(~valid, 0.0)
-    emissions = log_probs[..., FIRST:].double().masked_fill(~valid[..., None], NEVER)
-    alone = torch.arange(beam) == 0
+    padding = torch.arange(frames)[:, None] >= lengths
+    by_frame = log_probs.transpose(0, 1).double()
+    blanks = by_frame[..., SpecialToken.BLANK].masked_fill(padding, 0.0)[..., None]
+    # One more than there are tokens: none is never said, and has the place of the prefix that stays as it is.
+    emissions = functional.pad(by_frame[..., FIRST:].masked_fill(padding[..., None], NEVER), (0, 1), value=NEVER)
     nothing = torch.full((batch, beam), NEVER, dtype=torch.float64)
+    whole = torch.zeros(batch, beam, dtype=torch.int64)
     prefixes = _Prefixes(
-        blank=nothing.masked_fill(alone, 0.0),
+        blank=nothing.masked_fill(torch.arange(beam) == 0, 0.0),
         token=nothing,
         bonus=torch.zeros_like(nothing),
-        last=torch.full((batch, beam), -1),
-        counts=torch.zeros(batch, beam, dtype=torch.int64),
-        tokens=torch.zeros(batch, beam, frames, dtype=torch.int64),
-        begins=(alone[:, None] & alone).expand(batch, beam, beam),
-        states=fusion.start(batch, beam),
+        last=whole + kinds,
+        key=whole + EMPTY_KEY,
+        parent=whole + NO_KEY,
     )
-    gains = fusion.gains(prefixes.states.flatten(), kinds).view(batch, beam, kinds)
-    for frame in range(frames):
-        prefixes, parent, is_longer = _read(prefixes, gains, blanks[:, frame, None], emissions[:, frame])
-        gains = gains.gather(1, parent[..., None].expand_as(gains))
-        states = prefixes.states.gather(1, parent)
-        if search.language_model is not None:
-            states[is_longer] = fusion.advanced(states[is_longer], prefixes.last[is_longer])
-            gains[is_longer] = fusion.gains(states[is_longer], kinds)
-        prefixes = _replaced(prefixes, states=states)
-    return prefixes
+    states = fusion.start(batch, beam)
+    gains = fusion.gains(states.flatten(), kinds).view(batch, beam, kinds + 1)
+    places, tokens = [], []
+    for blank, emission in zip(blanks.unbind(), emissions.unbind(), strict=True):
+        prefixes, place, said = _read(prefixes, gains, blank, emission)
+        states, gains = fusion.followed(states, gains, place, said)
+        places.append(place)
+        tokens.append(said)
+    said, counts = _told(places, tokens, kinds)
+    sums = prefixes.blank.logaddexp(prefixes.token)
+    return _Found(said + FIRST, counts, sums, prefixes.bonus + fusion.ends(states))
 
 
 def _read(prefixes: _Prefixes, gains: Tensor, blank: Tensor, emission: Tensor) -> tuple[_Prefixes, Tensor, Tensor]:
-    """Return the best prefixes after one more frame; the states are still those of before.
+    """Return the best prefixes after one more frame.
 
     Args:
         prefixes: those of before.
-        gains: ``[batch, beam, tokens]``, what a token adds to a prefix's bonus.
+        gains: ``[batch, beam, tokens + 1]``, what a token, or none, adds to a prefix's bonus.
         blank: ``[batch, 1]``, log-probability of the blank.
-        emission: ``[batch, tokens]``, log-probabilities of the tokens.
+        emission: ``[batch, tokens + 1]``, log-probabilities of the tokens; none is never said.
 
     Returns:
-        The prefixes, the places ``[batch, beam]`` that they come from, and whether each has a new token.
+        The prefixes, the places ``[batch, beam]`` that they come from, and the new token of each, or the number of
+        tokens where it has none.
     """
-    batch, beam, kinds = gains.shape
-    last = prefixes.last.clamp_min(0)
+    beam, none = gains.shape[1], gains.shape[2] - 1
+    last = prefixes.last
     total = prefixes.blank.logaddexp(prefixes.token)
     repeated = emission.gather(1, last)
-    longer = total[..., None] + emission[:, None, :]
-    again = torch.where(prefixes.last >= 0, prefixes.blank + repeated, longer.gather(2, last[..., None])[..., 0])
-    longer = longer.scatter(2, last[..., None], again[..., None])
-    same_blank, same_token = total + blank, prefixes.token + repeated
-
+    longer = total[..., None] + emission[:, None]
+    longer.scatter_(2, last[..., None], (prefixes.blank + repeated)[..., None])
     # A prefix may also come about as its beginning with its last token: then that is no prefix of its own.
-    is_parent = prefixes.begins & (prefixes.counts[:, :, None] + 1 == prefixes.counts[:, None, :])
-    has_parent, parent = is_parent.max(dim=1)
-    source = parent * kinds + last
-    longer = longer.flatten(1)
-    joining = longer.gather(1, source).masked_fill(~has_parent, NEVER)
-    same_token = same_token.logaddexp(joining)
-    gone = torch.zeros_like(longer).scatter_add(1, source, has_parent.to(longer)) > 0
-    longer = longer.masked_fill(gone, NEVER)
+    joining = torch.where(prefixes.key[:, :, None] == prefixes.parent[:, None], last[:, None], none)
+    same_blank = total + blank
+    same_token = (prefixes.token + repeated).logaddexp(longer.gather(2, joining).amax(dim=1))
+    longer.scatter_(2, joining, NEVER)
+    longer[..., none] = same_blank.logaddexp(same_token)
 
-    ranks = torch.cat(
-        [
-            (same_blank.logaddexp(same_token) + prefixes.bonus)[..., None],
-            longer.view(batch, beam, kinds) + prefixes.bonus[..., None] + gains,
-        ],
-        dim=2,
-    ).flatten(1)
-    best = ranks.topk(beam, dim=1)
-    place, token = best.indices // (kinds + 1), best.indices % (kinds + 1) - 1
-    is_longer, said = token >= 0, token.clamp_min(0)
-    chosen = place * kinds + said
-    counts = prefixes.counts.gather(1, place)
-    texts = prefixes.tokens.gather(1, place[..., None].expand_as(prefixes.tokens))
-    begins = _begins(prefixes, place, is_longer, said, texts) & (best.values > NEVER)[:, :, None]
+    bonus = prefixes.bonus[..., None] + gains
+    best = (longer + bonus).flatten(1).topk(beam, dim=1)
+    place, said = best.indices // (none + 1), best.indices % (none + 1)
+    is_same = said == none
+    old = prefixes.key.gather(1, place)
+    parent = torch.where(is_same, prefixes.parent.gather(1, place), old)
     following = _Prefixes(
-        blank=same_blank.gather(1, place).masked_fill(is_longer, NEVER),
-        token=torch.where(is_longer, longer.gather(1, chosen), same_token.gather(1, place)),
-        bonus=prefixes.bonus.gather(1, place) + gains.flatten(1).gather(1, chosen).masked_fill(~is_longer, 0.0),
-        last=torch.where(is_longer, said, prefixes.last.gather(1, place)),
-        counts=counts + is_longer,
-        # Behind the end of a prefix that stays the same, nobody reads.
-        tokens=texts.scatter(2, counts[..., None], said[..., None]),
-        begins=begins & (best.values > NEVER)[:, None, :],
-        states=prefixes.states,
+        blank=torch.where(is_same, same_blank.gather(1, place), NEVER),
+        token=torch.where(is_same, same_token.gather(1, place), longer.flatten(1).gather(1, best.indices)),
+        bonus=bonus.flatten(1).gather(1, best.indices),
+        last=torch.where(is_same, last.gather(1, place), said),
+        key=torch.where(is_same, old, old * KEY_FACTOR + said + 1),
+        parent=torch.where(best.values > NEVER, parent, NO_KEY),
     )
-    return following, place, is_longer
+    return following, place, said
 
 
-def _begins(prefixes: _Prefixes, place: Tensor, is_longer: Tensor, said: Tensor, texts: Tensor) -> Tensor:
-    """Return which of the new prefixes begin which others, from what is known of those that they come from.
+def _told(places: list[Tensor], tokens: list[Tensor], none: int) -> tuple[Tensor, Tensor]:
+    """Return what the prefixes of the last frame say, ``[batch, beam, length]``, and how many tokens each has.
 
-    One that stays the same begins what its own begins, and what is made longer from that. One with a new token begins
-    itself, and what its old one begins and goes on with that token.
+    Args:
+        places: of each frame, where in the frame before each prefix comes from.
+        tokens: of each frame, each prefix's new token, or ``none``.
+        none: the number of tokens.
     """
-    beam = place.shape[1]
-    before = prefixes.begins.gather(1, place[..., None].expand_as(prefixes.begins))
-    before = before.gather(2, place[:, None, :].expand_as(before))
-    counts = prefixes.counts.gather(1, place)
-    next_token = texts.gather(2, counts[:, None, :].expand_as(before)).transpose(1, 2)
-    goes_on = (counts[:, :, None] < counts[:, None, :]) & (next_token == said[:, :, None])
-    itself = torch.eye(beam, dtype=torch.bool)
-    return torch.where(is_longer[..., None], (before & goes_on) | itself, before)
+    place = torch.arange(places[0].shape[1]).expand_as(places[0])
+    backwards = []
+    for origin, said in zip(reversed(places), reversed(tokens), strict=True):
+        backwards.append(said.gather(1, place))
+        place = origin.gather(1, place)
+    said = torch.stack(backwards[::-1], dim=2)
+    is_token = said < none
+    order = is_token.to(torch.uint8).argsort(dim=2, descending=True, stable=True)
+    counts = is_token.sum(dim=2)
+    # Behind the end of a prefix nobody reads.
+    return said.gather(2, order).clamp_max(none - 1), counts
 
 
 def _likelihoods(log_probs: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
