@@ -138,7 +138,7 @@ def test_the_final_model_is_the_mean_of_the_last_or_best_checkpoints(
     trainer = trainer_of(tone_manifest, CheckpointAverage(which, 2), seen, kept, epochs=5)
     # The second epoch is the best and the last one the worst, whatever the model says.
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 0.0])
-    kept.on_validation_end = lambda trainer, validation: kept._scores.update({trainer.progress.step: next(losses)})  # type: ignore[method-assign]
+    kept.on_validation_end = lambda trainer, validation: kept._retention.rate(trainer.progress.step, next(losses))  # type: ignore[method-assign]
     trainer.start_training()
     per_epoch = trainer.progress.step // 5
     ends = [seen.steps[epoch * per_epoch - 1] for epoch in ((4, 5) if which == "last" else (2, 3))]

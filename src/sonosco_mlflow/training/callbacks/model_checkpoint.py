@@ -12,7 +12,7 @@ The training thread only copies the state; another one writes, verifies, removes
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -34,6 +34,7 @@ from sonosco_mlflow.serialization.durable import remove_directory
 from sonosco_mlflow.serialization.serializer import Serializer
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.monitor import monitored
+from sonosco_mlflow.training.callbacks.retention import Retention
 from sonosco_mlflow.training.interruption import LeaveAtOnce
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ class ModelCheckpoint(Callback):
         self.digests: dict[str, str] = {}
         self.stall_seconds = 0.0
         self._own_background: Background | None = None
-        self._kept: list[int] = []
-        self._scores: dict[int, float] = {}
+        self._retention = Retention(keep_last, keep_best, keep_every_steps)
         self._saved_at = time.monotonic()
         self._saved_micro_step: int | None = None
 
@@ -129,7 +129,7 @@ class ModelCheckpoint(Callback):
     @property
     def kept(self) -> frozenset[str]:
         """Names of the scheduled checkpoints that are kept."""
-        return frozenset(map(checkpoint_name, self._kept))
+        return frozenset(map(checkpoint_name, self._retention.steps))
 
     def on_train_begin(self, trainer: "ModelTrainer") -> None:
         """Finish what a crash left undone, start the clock, and save the state before the first step.
@@ -178,7 +178,7 @@ class ModelCheckpoint(Callback):
 
     def on_validation_end(self, trainer: "ModelTrainer", validation: "Validation") -> None:
         """Note what the current step is worth."""
-        self._scores[trainer.progress.step] = monitored(validation, self.monitor)
+        self._retention.rate(trainer.progress.step, monitored(validation, self.monitor))
 
     def on_safe_point(self, trainer: "ModelTrainer") -> None:
         """Save if it is time to; on schedule between two optimizer steps only, so that a step is saved once.
@@ -249,11 +249,11 @@ class ModelCheckpoint(Callback):
 
     def last_steps(self, count: int) -> list[int]:
         """Return the steps of the last ``count`` scheduled checkpoints that are kept."""
-        return self._kept[-count:]
+        return self._retention.steps[-count:]
 
     def best_steps(self, count: int) -> list[int]:
         """Return the steps of the best ``count`` scheduled checkpoints that are kept, the best first."""
-        return self._best(self._kept, count)
+        return self._retention.best_steps(count)
 
     def model_state(self, step: int) -> "Mapping[str, Tensor]":
         """Return the model's state in the checkpoint of ``step``, one that is kept.
@@ -278,14 +278,11 @@ class ModelCheckpoint(Callback):
 
     def state_dict(self) -> dict[str, object]:
         """Return which scheduled steps are kept, and what they are worth."""
-        return {"kept": list(self._kept), "scores": dict(self._scores)}
+        return self._retention.state_dict()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Become what :meth:`state_dict` described."""
-        kept, scores = state["kept"], state["scores"]
-        assert isinstance(kept, list)
-        assert isinstance(scores, dict)
-        self._kept, self._scores = list(kept), dict(scores)
+        self._retention.load_state_dict(state)
         self._saved_micro_step = None
 
     # ------------------------------------------------------------------ on the training thread
@@ -302,32 +299,12 @@ class ModelCheckpoint(Callback):
         return (
             (self.every_epochs is not None and progress.batch == 0 and progress.epoch % self.every_epochs == 0)
             or (self.every_steps is not None and progress.step % self.every_steps == 0)
-            or progress.step in self._best([*self._kept, progress.step], self.keep_best)
+            or self._retention.is_among_best(progress.step)
         )
-
-    def _best(self, steps: Iterable[int], count: int) -> list[int]:
-        # NaN sorts nowhere: it is worth less than any number. Of equals the earlier is better.
-        scored = [
-            (score if score == score else float("inf"), step)
-            for step in steps
-            if (score := self._scores.get(step)) is not None
-        ]
-        return [step for _, step in sorted(scored)[:count]]
-
-    def _count(self, step: int) -> None:
-        known = sorted({*self._kept, step})
-        every = self.keep_every_steps
-        kept = {
-            *known[-self.keep_last :],
-            *self._best(known, self.keep_best),
-            *(s for s in known if every and s % every == 0),
-        }
-        self._kept = sorted(kept)
-        self._scores = {other: score for other, score in self._scores.items() if other in kept}
 
     def _snapshot(self, trainer: "ModelTrainer") -> Snapshot:
         step, batches = trainer.progress.step, trainer.batches_into_step
-        before = [kept for kept in self._kept if (kept, 0) < (step, batches)]
+        before = [kept for kept in self._retention.steps if (kept, 0) < (step, batches)]
         parent = checkpoint_name(before[-1]) if before else None
         return self.serializer.snapshot(trainer, step, batches=batches, parent=parent, digests=self.digests)
 
@@ -338,7 +315,7 @@ class ModelCheckpoint(Callback):
         started = time.perf_counter()
         if self._is_scheduled(trainer):
             # Whoever asks for it: what continues from this state must know of it as one that was never stopped does.
-            self._count(trainer.progress.step)
+            self._retention.add(trainer.progress.step)
         self.background.write(partial(self._write, self._snapshot(trainer), self.kept, trainer.finished))
         self._saved_micro_step = trainer.progress.micro_step
         self._saved_at = time.monotonic()
