@@ -28,6 +28,7 @@ def test_what_is_kept_is_what_all_that_ever_stood_would_leave(
     expected |= set(sorted(worth, key=lambda step: (worth[step], step))[:best])
     expected |= {step for step, _ in rows if every and step % every == 0}
     assert retention.steps == sorted(expected)
+    assert set(retention.state_dict()["scores"]) <= expected
     assert retention.best_steps(best) == sorted(worth, key=lambda step: (worth[step], step))[:best]
 
 
