@@ -1,20 +1,27 @@
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from project import make_after_corpus
+from project import PATIENCE, REPOSITORY, make_after_corpus
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.data import executors
 from sonosco_mlflow.data.executors import Cluster, Executor, Processes
 from sonosco_mlflow.data.extraction import extract_features
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from toy import PROCESSOR, tone_corpus, tone_texts
+
+SOURCES = str(REPOSITORY / "src")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +69,48 @@ def test_an_error_of_a_task_is_raised_here(executor: Executor) -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="three is refused"):
         next(results)
+
+
+def killed(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_that_is_killed_is_not_waited_for(count: int) -> None:
+    with pytest.raises(UserError, match=r"one of . processes was killed .* set data\.processes"):
+        list(Processes(count).map(killed, range(20)))
+
+
+def test_processes_end_with_whoever_began_them(tmp_path: Path) -> None:
+    script = (
+        "import time; from pathlib import Path; from sonosco_mlflow.data.executors import Processes\n"
+        f"def task(number): (Path({str(tmp_path)!r}) / str(__import__('os').getpid())).touch(); time.sleep(600)\n"
+        "list(Processes(2).map(task, range(4)))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": SOURCES})
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    parent.kill()
+    parent.wait()
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    wait_for(lambda: not any(map(psutil.pid_exists, workers)))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_cluster_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(executors, "_SECONDS_FOR_A_WORKER", 1)
+    with distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as empty:
+        address = re.escape(empty.scheduler_address)
+        with pytest.raises(UserError, match=rf"the scheduler at '{address}' has no worker; start one"):
+            list(Cluster(empty.scheduler_address).map(abs, [1]))
 
 
 def test_a_cluster_extracts_the_same_bytes(scheduler: str, tone_manifest: Manifest, tmp_path: Path) -> None:

@@ -27,6 +27,25 @@ def test_what_is_read_is_what_the_processor_gives(tone_manifest: Manifest, tmp_p
     assert "nobody" not in store
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_no_shard_that_was_read_stays_an_open_file(tone_manifest: Manifest, tmp_path: Path) -> None:
+    store = extract_features(tone_manifest, PROCESSOR, tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = [store.read(utterance.id) for utterance in tone_manifest]
+    assert len(list(tmp_path.glob("shard-*.npy"))) > 3
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(len(features) for features in kept)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", None])
+def test_a_broken_shard_is_named(content: bytes | None, tone_manifest: Manifest, tmp_path: Path) -> None:
+    extract_features(tone_manifest[:2], PROCESSOR, tmp_path)
+    path = tmp_path / "shard-00000.npy"
+    path.write_bytes(path.read_bytes()[:-64] if content is None else content)
+    with pytest.raises(UserError, match=r"shard-00000\.npy: no shard of features .*`dvc repro features` makes it"):
+        FeatureStore(tmp_path).read(tone_manifest[0].id)
+
+
 def test_what_a_reader_does_with_its_features_never_reaches_the_file(tone_manifest: Manifest, tmp_path: Path) -> None:
     store = extract_features(tone_manifest, PROCESSOR, tmp_path)
     before = store.digest

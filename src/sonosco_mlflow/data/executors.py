@@ -7,13 +7,17 @@ Whoever has tasks says what is to be done with one, and gets the results in the 
 """
 
 import multiprocessing
+import os
 import signal
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from typing import Protocol, TypeVar
-
-import torch
 
 from sonosco_mlflow.errors import UserError
 
@@ -22,6 +26,8 @@ Result = TypeVar("Result")
 
 # Tasks that are out for each worker: so many keep it busy.
 _WAITING_FOR_EACH = 4
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_FOR_A_WORKER = 60
 
 
 class Executor(Protocol):
@@ -47,10 +53,22 @@ class Processes:
         self.count = count
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Yield the results; see :class:`Executor`."""
+        """Yield the results; see :class:`Executor`.
+
+        Raises:
+            UserError: one of the processes was killed, as the system does where memory runs out.
+        """
         count = min(self.count, max(len(tasks), 1))
-        with multiprocessing.get_context("fork").Pool(count, _start_worker) as pool:
-            yield from _results(lambda task: pool.apply_async(function, (task,)).get, tasks, _WAITING_FOR_EACH * count)
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _start_worker)
+        try:
+            yield from _results(lambda task: pool.submit(function, task).result, tasks, _WAITING_FOR_EACH * count)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {count} processes was killed while it worked, most likely because the memory was full; set "
+                "data.processes (--processes) lower, or close other programs, and begin again"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Cluster:
@@ -67,7 +85,7 @@ class Cluster:
         """Yield the results; see :class:`Executor`.
 
         Raises:
-            UserError: ``dask.distributed`` is not installed, or no scheduler answers.
+            UserError: ``dask.distributed`` is not installed, no scheduler answers, or it has no worker.
         """
         try:
             distributed = import_module("distributed")
@@ -81,6 +99,13 @@ class Cluster:
         except (OSError, ValueError) as error:
             raise UserError(f"data.cluster: no scheduler of dask's answers at '{self.address}' ({error})") from error
         with client:
+            try:
+                client.wait_for_workers(1, timeout=_SECONDS_FOR_A_WORKER)
+            except TimeoutError as error:
+                raise UserError(
+                    f"data.cluster: the scheduler at '{self.address}' has no worker; start one with `dask worker "
+                    f"{self.address}`"
+                ) from error
             most = _WAITING_FOR_EACH * max(sum(client.ncores().values()), 1)
             # Not pure: dask would take equal tasks for one, and remember results.
             yield from _results(
@@ -104,11 +129,23 @@ def _results(submit: Callable[[Task], Callable[[], Result]], tasks: Sequence[Tas
 
 
 def _start_worker() -> None:
-    # The pool ends its workers by it: one that does something else with it may be waited for without end.
+    # An interrupt is for the parent, which then ends its workers; where it has been killed it cannot.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # It takes seconds to import, and tasks that need it have had it imported in the parent.
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _on_one_thread(function: Callable[[Task], Result], task: Task) -> Result:
+    import torch
+
     torch.set_num_threads(1)
     return function(task)

@@ -208,8 +208,17 @@ class FeatureStore:
         return 1 + max((location.shard for location in self._locations.values()), default=-1)
 
     def _open_shard(self, shard: int) -> npt.NDArray[np.floating[Any]]:
-        mapped: npt.NDArray[np.floating[Any]] = np.load(self.directory / shard_name(shard), mmap_mode="c")
-        return mapped
+        path = self.directory / shard_name(shard)
+        try:
+            with path.open("rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                first = file.tell()
+            # NumPy's own map keeps the file open, and a thousand hours are more shards than may be open at once.
+            mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            return mapped.numpy()[first:].view(dtype).reshape(shape)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: no shard of features ({error}); `dvc repro features` makes it") from error
 
     def _read_index(self) -> dict[str, Location]:
         path = self.directory / INDEX

@@ -1,13 +1,7 @@
 """What can be said of a manifest's rows by opening their recordings: in many processes, one at a time in each."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from sonosco_mlflow.data.executors import Processes
 from sonosco_mlflow.data.manifest_tools.findings import Finding
 from sonosco_mlflow.data.manifest_tools.rows import numbered_rows
 
@@ -28,7 +23,6 @@ QUIET = 0.001
 # Samples of a recording that are in memory at once, and that the next ones begin with: a triple ends in one of them.
 _SAMPLES = 1 << 20
 _OVERLAP = 2
-_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,35 +62,16 @@ def check_recordings(
         for line, row in numbered_rows(path)
         if not isinstance(row, str)
     ]
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _start_worker) as pool:
-        try:
-            looked_at = pool.map(partial(_look_at, expected=expected), tasks, chunksize=8)
-            first_of: dict[bytes, _Task] = {}
-            for done, (task, (digest, found)) in enumerate(zip(tasks, looked_at, strict=True), start=1):
-                first = first_of.setdefault(digest, task) if digest else task
-                # That a path stands in two rows is known without opening it.
-                if first.path.resolve() != task.path.resolve():
-                    found = [*found, ("same-audio", f"{task.path} has the bytes of {first.manifest}:{first.line}")]
-                for check, what in found:
-                    yield Finding(task.manifest, task.line, task.id, check, what)
-                progress(done, len(tasks))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _start_worker() -> None:
-    # An interrupt is for the parent, which then ends its workers; where it has been killed it cannot.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
+    looked_at = Processes(processes).map(partial(_look_at, expected=expected), tasks)
+    first_of: dict[bytes, _Task] = {}
+    for done, (task, (digest, found)) in enumerate(zip(tasks, looked_at, strict=True), start=1):
+        first = first_of.setdefault(digest, task) if digest else task
+        # That a path stands in two rows is known without opening it.
+        if first.path.resolve() != task.path.resolve():
+            found = [*found, ("same-audio", f"{task.path} has the bytes of {first.manifest}:{first.line}")]
+        for check, what in found:
+            yield Finding(task.manifest, task.line, task.id, check, what)
+        progress(done, len(tasks))
 
 
 def _look_at(task: _Task, expected: Expected) -> tuple[bytes, list[tuple[str, str]]]:
