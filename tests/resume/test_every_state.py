@@ -40,7 +40,7 @@ from sonosco_mlflow.training.callbacks import (
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
 from sonosco_mlflow.word_pieces import WordPieceTokenizer
-from toy import PROCESSOR, ToyModel, ToyOutput
+from toy import PROCESSOR, TOKENIZER, ToyModel, ToyOutput
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.05),
@@ -163,6 +163,28 @@ def test_sixteen_bits(tone_manifest: Manifest, name: str, wanted: str, monkeypat
         pytest.skip("this processor has no units for recurrent layers in float16")
     monkeypatch.setattr(precision, "has_units", lambda wanted, device: True)
     assert_exact_resume(maker(tone_manifest, name, precision=wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("las", {"input_feeding": True}),
+        ("las", {"attention": "location", "location_filters": 2, "location_width": 3}),
+        *(("deepspeech2", {"cell": cell}) for cell in ("gru", "rnn", "clipped")),
+    ],
+)
+def test_sixteen_bits_of_what_goes_step_by_step(
+    tone_manifest: Manifest, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_units", lambda wanted, device: True)
+
+    def make_trainer() -> ModelTrainer:
+        torch.manual_seed(7)
+        sizes = {"n_mels": 8, "vocabulary_size": TOKENIZER.vocabulary_size}
+        model = build_model(name, "small", **sizes, settings={**TINY[name], **settings})
+        return rich_trainer(tone_manifest, model, precision="bfloat16")
+
+    assert_exact_resume(make_trainer, every=5)
 
 
 def test_another_number_of_workers(tone_manifest: Manifest) -> None:

@@ -356,6 +356,20 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_utterances(tone_manifest:
     assert events.log[-1].startswith("exception the loss is nan")
 
 
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_a_gradient_that_is_not_finite_moves_nothing(tone_manifest: Manifest, clip: float | None) -> None:
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        # At 0 a square root is finite and its slope is not.
+        return model(batch).loss + (0.0 * model.get_parameter("outer.weight")).abs().sum().sqrt()
+
+    trainer = new_trainer(tone_manifest, loss=loss, gradient_clip=clip)
+    before = trainer.model.get_parameter("outer.weight").clone()
+    with pytest.raises(UserError, match=r"the gradient is not finite \(.*\) at step 1 \(epoch 0\), and nothing"):
+        trainer.start_training()
+    assert torch.equal(trainer.model.get_parameter("outer.weight"), before)
+    assert not trainer.at_safe_point
+
+
 def test_what_cannot_be_trained_or_evaluated_is_refused(tone_manifest: Manifest) -> None:
     with pytest.raises(UserError, match="no train_loader"):
         new_trainer(tone_manifest, train_loader=None).start_training()

@@ -40,7 +40,9 @@ def run(layer: nn.LSTM | nn.GRU | nn.RNN, sequences: Tensor) -> Tensor:
     matrix, bias = layer.get_parameter("weight_hh_l0"), layer.get_parameter("bias_hh_l0")
     inputs = functional.linear(sequences, layer.get_parameter("weight_ih_l0"), layer.get_parameter("bias_ih_l0"))
     if isinstance(layer, nn.GRU):
-        outputs: Tensor = _Gated.apply(inputs, matrix, bias)  # type: ignore[no-untyped-call]
+        # Under autocast the inputs are of 16 bits.
+        weights = (matrix.to(inputs.dtype), bias.to(inputs.dtype))
+        outputs: Tensor = _Gated.apply(inputs, *weights)  # type: ignore[no-untyped-call]
     else:
         outputs = _Simple.apply(inputs, matrix, bias, clipped)  # type: ignore[no-untyped-call]
     return outputs

@@ -72,7 +72,8 @@ class _Noted(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rows, matrix = ctx.saved_tensors
+        # Under autocast the product was of 16 bits; what it was made of may be kept in 32.
+        rows, matrix = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)
         ctx.notes.append((rows, gradient))
         return gradient @ matrix, None, None
 

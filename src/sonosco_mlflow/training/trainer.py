@@ -145,7 +145,7 @@ class ModelTrainer:
 
         Raises:
             KeyboardInterrupt: after a SIGINT or SIGTERM, at the next safe point; training can be continued.
-            UserError: there is nothing to train on, or the loss is not finite.
+            UserError: there is nothing to train on, or the loss or its gradient is not finite.
             Exception: of a callback; the micro-step in which it came is finished first.
         """
         if self.train_loader is None:
@@ -305,6 +305,12 @@ class ModelTrainer:
         self.precision.unscale(self.optimizer)
         emit(self, "on_gradients")
         norm = clip_gradients(self.optimizer, self.model, self.gradient_clip)
+        # Of float16 the scale is lowered until they are; the step is left out meanwhile.
+        if not math.isfinite(norm) and self.precision.used != "float16":
+            raise UserError(
+                f"the gradient is not finite ({norm}) at step {self.progress.step + 1} (epoch {self.progress.epoch}), "
+                "and nothing has moved by it; lower optimizer.lr, or look at what the loss is made of"
+            )
         self.optimizer_recipe.set_learning_rates(self.optimizer, learning_rate_factor(self))
         self.precision.step(self.optimizer)
         # Of parameters too that the optimizer does not move: they are no state between two steps.
