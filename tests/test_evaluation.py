@@ -13,6 +13,7 @@ from sonosco_mlflow.data.dataset import Sample
 from sonosco_mlflow.data.loader import Batch
 from sonosco_mlflow.evaluation import alignment_picture, compared_curves, learning_curves, mel_spectrogram
 from sonosco_mlflow.models.base import Hypothesis
+from sonosco_mlflow.models.ctc import CTCModel
 from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.word_pieces import WordPieceTokenizer
 
@@ -23,7 +24,7 @@ def no_pictures() -> None:
 
 
 class Decodes(nn.Module):
-    """A model that finds a text, with weights for each of its characters or for the whole vocabulary."""
+    """A model that finds a text, with weights for each of its characters."""
 
     def __init__(self, tokens: list[int], alignment: Tensor) -> None:
         super().__init__()
@@ -32,6 +33,13 @@ class Decodes(nn.Module):
 
     def decode(self, batch: Batch) -> list[Hypothesis]:
         return [self.hypothesis]
+
+
+class DecodesFrames(Decodes, CTCModel):
+    """One that says of each frame how likely each token is."""
+
+    def log_probabilities(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
 
 def sample(text: str) -> Sample:
@@ -83,14 +91,30 @@ def test_a_transcript_is_shown_as_it_is_written(text: str) -> None:
     tokenizer = CharacterTokenizer.of([text or "x"])
     tokens = tokenizer.encode(text)
     steps = max(len(tokens), 1)
-    for weights in (torch.rand(steps, 7), torch.rand(9, tokenizer.vocabulary_size)):
-        model = Decodes(tokens, weights)
+    for model in (
+        Decodes(tokens, torch.rand(steps, 7)),
+        DecodesFrames(tokens, torch.rand(9, tokenizer.vocabulary_size)),
+    ):
         assert_drawn(*(alignment_picture(model, tokenizer, sample(text)) for _ in range(2)))
 
 
 def test_a_piece_that_is_a_space_alone_is_drawn_too() -> None:
     tokenizer = WordPieceTokenizer(["▁", "A"], [-1.0, -1.0])
     tokens = tokenizer.encode("A A")
-    for weights in (torch.rand(len(tokens), 7), torch.rand(9, tokenizer.vocabulary_size)):
-        model = Decodes(tokens, weights)
+    for model in (
+        Decodes(tokens, torch.rand(len(tokens), 7)),
+        DecodesFrames(tokens, torch.rand(9, tokenizer.vocabulary_size)),
+    ):
         assert_drawn(*(alignment_picture(model, tokenizer, sample("A A")) for _ in range(2)))
+
+
+def test_as_many_frames_as_tokens_are_still_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(evaluation, "png", figures.append)
+    tokenizer = CharacterTokenizer.of(["ABC"])
+    # One step more than there are tokens: the end of sentence.
+    weights = torch.rand(4, tokenizer.vocabulary_size)
+    alignment_picture(Decodes(tokenizer.encode("ABC"), weights), tokenizer, sample("ABC"))  # type: ignore[arg-type]
+    (shown,) = figures[0].axes[0].images
+    assert shown.get_array().shape == weights.shape
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["A", "B", "C"]

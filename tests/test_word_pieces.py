@@ -1,5 +1,6 @@
 import itertools
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -187,3 +188,9 @@ def test_fewer_pieces_than_characters_are_refused() -> None:
 def test_pieces_that_are_none_are_refused(pieces: list[str], scores: list[float]) -> None:
     with pytest.raises(UserError, match="expected as many, each piece once"):
         WordPieceTokenizer(pieces, scores)
+
+
+@pytest.mark.parametrize("character", ["▅", "▁", "\0"])
+def test_characters_that_sentencepiece_has_for_itself_are_refused(character: str) -> None:
+    with pytest.raises(UserError, match=f"hold {re.escape(repr(character))}, which SentencePiece has for itself"):
+        WordPieceTokenizer.of([f"HELLO X{character}Y", "WORLD"], 40)

@@ -13,6 +13,7 @@ from sonosco_mlflow.data.dataset import Sample
 from sonosco_mlflow.data.loader import collate
 from sonosco_mlflow.metrics import bootstrap_interval, character_errors, word_errors
 from sonosco_mlflow.models.base import SpeechModel
+from sonosco_mlflow.models.ctc import CTCModel
 from sonosco_mlflow.pictures import png
 from sonosco_mlflow.text import SpecialToken, Tokenizer
 from sonosco_mlflow.training.validation import Validation
@@ -155,7 +156,7 @@ def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) 
     labels = [special.get(token) or tokenizer.decode([token]) for token in range(tokenizer.vocabulary_size)]
     steps = [tokenizer.decode([token]) for token in hypothesis.tokens]
     weights = hypothesis.alignment.cpu()
-    if weights.shape[1] == tokenizer.vocabulary_size and weights.shape[0] != len(steps):
+    if isinstance(model, CTCModel):
         weights, steps = weights.T, labels
     figure = Figure(figsize=(8, max(3.0, 0.16 * len(weights))), layout="constrained")
     axes = figure.subplots()

@@ -23,6 +23,8 @@ SPACE = "▁"
 BEST = 10
 """Of so many likeliest segmentations of a word one is drawn."""
 
+# Its space, its unknown piece, and the end of a text.
+_RESERVED = {SPACE, "▅", "\0"}
 # Below the least likely piece, as in SentencePiece.
 _UNKNOWN_PENALTY = 10.0
 
@@ -54,12 +56,18 @@ class WordPieceTokenizer(Vocabulary):
         Every character that occurs is among them; of a small text there are fewer.
 
         Raises:
-            UserError: the characters alone are more.
+            UserError: the characters alone are more, or one is none that SentencePiece has pieces of.
         """
         import sentencepiece
 
         texts = sorted(texts)
-        characters = {character for text in texts for character in text.replace(" ", SPACE)} | {SPACE}
+        characters = set().union(*texts) - {" "}
+        if reserved := sorted(characters & _RESERVED):
+            raise UserError(
+                f"the training transcripts hold {', '.join(map(repr, reserved))}, which SentencePiece has for itself; "
+                "take it out, or set tokenizer.kind to characters"
+            )
+        characters.add(SPACE)
         if size <= len(characters):
             raise UserError(
                 f"tokenizer.size: found {size}, expected more than {len(characters)}, the number of characters in the "

@@ -56,6 +56,11 @@ def test_features_are_the_logarithm_of_torchaudios_mel_spectrogram(
     assert torch.equal(found, expected)
 
 
+def test_samples_of_any_type_are_taken_as_float32() -> None:
+    waveform = noise(5000)
+    assert torch.equal(AudioDataProcessor().features(waveform.double()), AudioDataProcessor().features(waveform))
+
+
 KALDI_WINDOWS = {"hann": "hanning", "hamming": "hamming", "blackman": "blackman", "povey": "povey"}
 
 

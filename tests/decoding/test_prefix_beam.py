@@ -1,5 +1,6 @@
 """Prefix beam search, against every path that there is."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,40 @@ def test_an_utterance_is_searched_alone_as_in_company(seed: int, data: st.DataOb
     for row, count in enumerate(lengths):
         (alone,) = ctc_beam(log_probs[row : row + 1, :count], lengths[row : row + 1], search)
         assert facts(alone) == facts(together[row])
+
+
+@given(seeds, st.integers(2, 6))
+@settings(max_examples=40, deadline=None)
+def test_hypotheses_worth_the_same_come_in_the_order_of_their_tokens(seed: int, beam: int) -> None:
+    """In which places of the beam they lie depends on the padding, and so on who is in the batch."""
+    search = Search(beam=beam, n_best=beam)
+    # Rounded so much that many sums are equal.
+    logits = torch.randint(0, 2, (3, 20, FIRST + 2), generator=generator(seed)).double()
+    log_probs, lengths = logits.log_softmax(dim=-1), torch.tensor([20, 7, 1])
+    together = ctc_beam(log_probs, lengths, search)
+    for row, count in enumerate(lengths):
+        (alone,) = ctc_beam(log_probs[row : row + 1, :count], lengths[row : row + 1], search)
+        assert [one.tokens for one in alone] == [one.tokens for one in together[row]]
+
+
+@pytest.mark.parametrize("with_rules", [False, True])
+def test_what_is_impossible_is_worth_nothing(with_rules: bool) -> None:
+    """The likeliest tokens of these frames are A and A with no blank between, which no alignment says."""
+    never = float("-inf")
+    shares = torch.zeros(3, FIRST + 2, dtype=torch.float64)
+    shares[[0, 2], FIRST], shares[[0, 2], FIRST + 1] = 0.9, 0.1
+    shares[1, SpecialToken.EOS], shares[1, FIRST + 1] = 0.6, 0.4
+    rules = random_rules(FIRST + 2, generator(0)) if with_rules else None
+    search = Search(beam=4, n_best=4, language_model=rules, language_model_weight=0.5)
+    (found,) = ctc_beam(shares.log()[None], torch.tensor([3]), search)
+    scores = {tuple(one.tokens): one.score for one in found}
+    assert scores[FIRST, FIRST + 1, FIRST] == pytest.approx(math.log(0.9 * 0.4 * 0.9))
+    if not with_rules:
+        assert found[0].tokens == [FIRST, FIRST + 1, FIRST]
+    assert all(one.score == never for one in found if one.tokens == [FIRST, FIRST])
+    # Where nothing is possible at all, there is an answer all the same.
+    (nothing,) = ctc_beam(torch.full((1, 3, FIRST + 2), never, dtype=torch.float64), torch.tensor([3]), search)
+    assert (nothing[0].tokens, nothing[0].total) == ([], never)
 
 
 def test_a_token_behind_a_blank_is_another_one() -> None:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,7 +57,30 @@ def test_settings_replace_those_of_the_preset() -> None:
         ("las", "small", {"attention": "locatoin"}, "model.settings.attention is 'locatoin': did you mean 'location'"),
         ("las", "small", {"location_width": 4}, "model.settings.location_width is 4, expected an odd number"),
         ("las", "small", {"ctc_weight": 1.5}, "model.settings.ctc_weight is 1.5, expected a share from 0 to 1"),
-        ("deepspeech2", "small", {"dropout": 2.0}, "model.settings .* make no deepspeech2 model: dropout"),
+        *(
+            (name, "small", {key: value}, rf"model\.settings\.{key} is {value}, expected a share from 0 to 1")
+            for name, key, value in (
+                ("las", "scheduled_sampling", 2.0),
+                ("las", "label_smoothing", -0.5),
+                ("tds", "random_sampling", 7.0),
+                ("tds", "dropout", 1.5),
+                ("deepspeech2", "dropout", -0.1),
+            )
+        ),
+        *(
+            (name, "small", {key: value}, rf"model\.settings\.{key} is {re.escape(str(value))}, expected .* above 0")
+            for name, key, value in (
+                ("tds", "blocks", [-1, 2]),
+                ("tds", "strides", [0, 2]),
+                ("tds", "soft_window_sigma", 0.0),
+                ("las", "joined_frames", [2, 0]),
+                ("las", "attention_size", 0),
+                ("las", "location_filters", 0),
+                ("deepspeech2", "recurrent_layers", -2),
+                ("deepspeech2", "channels", [0, 2]),
+                ("deepspeech2", "band_strides", [0, 2]),
+            )
+        ),
     ],
 )
 def test_mistakes_are_named_with_the_nearest_choice(

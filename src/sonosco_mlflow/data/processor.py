@@ -130,7 +130,7 @@ class AudioDataProcessor:
         """
         if self.frames(len(waveform)) == 0:
             raise UserError(f"{len(waveform)} samples are shorter than one analysis window of {self.window_length}")
-        return self._frames_of(waveform)
+        return self._frames_of(waveform.float())
 
     def _frames_of(self, waveform: Tensor) -> Tensor:
         """Return the natural logarithm of the mel energies of a waveform that is long enough."""

@@ -61,17 +61,21 @@ def without_special(tokens: list[int]) -> list[int]:
     return [token for token in tokens if token >= len(SpecialToken)]
 
 
-def ctc_log_likelihood(log_probs: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+def ctc_log_likelihood(
+    log_probs: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, impossible_as_zero: bool = False
+) -> Tensor:
     """Return ``[batch]``, each utterance's log-probability of its tokens, summed over all alignments.
 
     It runs on the CPU whatever the device of ``log_probs``: the backward pass of torch's CUDA kernel adds in
-    no fixed order. An utterance with too few frames for its tokens gets 0 and no gradient.
+    no fixed order.
 
     Args:
         log_probs: ``[batch, frames, vocabulary]``.
         lengths: ``[batch]``, frames of each utterance.
         tokens: ``[batch, length]``.
         token_lengths: ``[batch]``.
+        impossible_as_zero: whether tokens that no alignment says, as those of an utterance with too few frames, count
+            as 0 and give no gradient, instead of -inf.
     """
     return -functional.ctc_loss(
         log_probs.transpose(0, 1).cpu(),
@@ -80,7 +84,7 @@ def ctc_log_likelihood(log_probs: Tensor, lengths: Tensor, tokens: Tensor, token
         token_lengths.cpu(),
         blank=SpecialToken.BLANK,
         reduction="none",
-        zero_infinity=True,
+        zero_infinity=impossible_as_zero,
     )
 
 

@@ -28,7 +28,8 @@ def ctc_beam(log_probs: Tensor, lengths: Tensor, search: Search) -> list[list[De
 
     The search follows sums over the alignments that it has seen; what it returns is scored, and ranked, by the sum
     over all of them. Without a language model the tokens on the best path compete too, so that a beam never finds
-    worse than greedy decoding. A language model also scores the end of sentence.
+    worse than greedy decoding. A language model also scores the end of sentence. Where nothing is possible, no tokens
+    are returned, of probability 0.
 
     Args:
         log_probs: ``[batch, frames, vocabulary]``. Of the special tokens only the blank is considered.
@@ -46,17 +47,17 @@ def ctc_beam(log_probs: Tensor, lengths: Tensor, search: Search) -> list[list[De
         bonus = torch.cat([bonus, search.length_reward * own.double()], dim=1)
         is_found = functional.pad(is_found, (0, 1), value=True)
     scores = _likelihoods(log_probs, lengths, tokens, counts).double()
-    totals = (scores + bonus).masked_fill(~is_found, NEVER)
-    order = totals.sort(dim=1, descending=True, stable=True).indices
+    totals = scores + bonus
     decoded = []
-    for row, places in enumerate(order.tolist()):
-        hypotheses: dict[tuple[int, ...], Decoded] = {}
-        for place in places:
-            said = tokens[row, place, : counts[row, place]].tolist()
-            if is_found[row, place] and tuple(said) not in hypotheses:
-                score, total = scores[row, place].item(), totals[row, place].item()
-                hypotheses[tuple(said)] = Decoded(said, score, torch.empty(0), total)
-        decoded.append(list(hypotheses.values())[: search.n_best])
+    for row in zip(*(part.tolist() for part in (tokens, counts, scores, totals, is_found)), strict=True):
+        hypotheses = {
+            tuple(said[:count]): Decoded(said[:count], score, torch.empty(0), total)
+            for said, count, score, total, is_one in zip(*row, strict=True)
+            if is_one
+        }
+        # By their tokens where they are worth the same: which place of the beam they have depends on the padding.
+        ranked = sorted(hypotheses.values(), key=lambda one: (-one.total, one.tokens))
+        decoded.append(ranked[: search.n_best] or [Decoded([], NEVER, torch.empty(0), NEVER)])
     return decoded
 
 

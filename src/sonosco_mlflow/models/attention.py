@@ -24,6 +24,7 @@ from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
 from sonosco_mlflow.models.ctc import ctc_loss
 from sonosco_mlflow.models.energies import inner_product
 from sonosco_mlflow.models.layers import valid_frames
+from sonosco_mlflow.models.ranges import require_positive, require_shares
 from sonosco_mlflow.text import SpecialToken
 
 
@@ -157,8 +158,8 @@ class AttentionModel(SpeechModel):
         vocabulary_size: int,
     ) -> None:
         super().__init__()
-        if not 0.0 <= ctc_weight <= 1.0:
-            raise UserError(f"model.settings.ctc_weight is {ctc_weight}, expected a share from 0 to 1")
+        require_shares(label_smoothing=label_smoothing, ctc_weight=ctc_weight)
+        require_positive(soft_window_sigma=soft_window_sigma)
         self.ctc_weight = ctc_weight
         self.ctc_output = nn.Linear(value_size, vocabulary_size) if ctc_weight else None
         self.label_smoothing = label_smoothing

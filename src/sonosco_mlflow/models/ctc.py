@@ -22,7 +22,7 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
         lengths: ``[batch]``, frames of each utterance.
         batch: what was said in it.
     """
-    likelihoods = ctc_log_likelihood(log_probs, lengths, batch.tokens, batch.token_lengths)
+    likelihoods = ctc_log_likelihood(log_probs, lengths, batch.tokens, batch.token_lengths, impossible_as_zero=True)
     return -(likelihoods / batch.token_lengths.cpu().clamp_min(1)).mean().to(log_probs.device)
 
 

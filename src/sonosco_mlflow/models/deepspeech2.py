@@ -13,6 +13,7 @@ from torch.nn import functional
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.models.ctc import CTCModel
 from sonosco_mlflow.models.layers import CELLS, Dropout, LookAhead, MaskedBatchNorm, Recurrent, subsampled, valid_frames
+from sonosco_mlflow.models.ranges import require_positive, require_shares
 from sonosco_mlflow.models.recurrence import CLIP
 from sonosco_mlflow.serialization.parameters import serializable
 
@@ -115,6 +116,10 @@ class DeepSpeech2(CTCModel):
         dropout: float,
         look_ahead: int = 0,
     ) -> None:
+        require_shares(dropout=dropout)
+        require_positive(channels=channels, time_kernels=time_kernels, band_kernels=band_kernels)
+        require_positive(time_strides=time_strides, band_strides=band_strides)
+        require_positive(hidden_size=hidden_size, recurrent_layers=recurrent_layers)
         super().__init__()
         lists = [list(values) for values in (channels, time_kernels, band_kernels, time_strides, band_strides)]
         if len({len(values) for values in lists}) != 1:

@@ -17,6 +17,7 @@ from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.models.attention import AttentionModel, Memory, attend
 from sonosco_mlflow.models.energies import ENERGIES, build_energy, projection
 from sonosco_mlflow.models.layers import Dropout, Recurrent, join_neighbours, subsampled, valid_frames
+from sonosco_mlflow.models.ranges import require_positive, require_shares
 from sonosco_mlflow.models.stepwise import LSTMSteps, RepeatedProduct, repeated
 from sonosco_mlflow.serialization.parameters import serializable
 
@@ -135,6 +136,10 @@ class LAS(AttentionModel):
         location_width: int = 25,
         ctc_weight: float = 0.0,
     ) -> None:
+        require_shares(dropout=dropout, scheduled_sampling=scheduled_sampling)
+        require_positive(listener_size=listener_size, joined_frames=joined_frames, attention_size=attention_size)
+        require_positive(speller_size=speller_size, speller_layers=speller_layers)
+        require_positive(location_filters=location_filters, location_width=location_width)
         super().__init__(label_smoothing, soft_window_sigma, ctc_weight, 2 * listener_size, vocabulary_size)
         if attention not in ENERGIES:
             raise UserError(f"model.settings.attention is '{attention}': {nearest(attention, ENERGIES)}")

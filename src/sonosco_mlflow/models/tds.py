@@ -19,6 +19,7 @@ from sonosco_mlflow.decoding.greedy import State
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.attention import AttentionModel, Memory, attend
 from sonosco_mlflow.models.layers import Dropout, subsampled, valid_frames
+from sonosco_mlflow.models.ranges import require_positive, require_shares
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.text import SpecialToken
 
@@ -194,6 +195,8 @@ class TDS(AttentionModel):
         soft_window_sigma: float,
         ctc_weight: float = 0.0,
     ) -> None:
+        require_shares(dropout=dropout, random_sampling=random_sampling)
+        require_positive(channels=channels, blocks=blocks, strides=strides, kernel=kernel, decoder_size=decoder_size)
         super().__init__(label_smoothing, soft_window_sigma, ctc_weight, decoder_size, vocabulary_size)
         if not len(channels) == len(blocks) == len(strides):
             raise UserError(
