@@ -80,6 +80,8 @@ def test_an_override_wins_over_the_recipe_which_wins_over_the_default() -> None:
         ("optimizer.name", "adamm", "optimizer.name: found 'adamm', did you mean 'adam'"),
         ("features.window", "hannn", "features.window: found 'hannn', did you mean 'hann'"),
         ("checkpoint.keep_last", "1", "checkpoint.keep_last: found 1, expected greater than or equal to 2"),
+        ("data.skip", "[audoi]", "data.skip.0: found 'audoi', did you mean 'audio'"),
+        ("data.skip", "[audio, speaker]", "data.skip.1: found 'speaker', Valid: audio, clipping"),
         ("training.epochs", "[", "training.epochs: the value '[' cannot be read"),
         ("training.threads", "1e11", "training.threads: found 100000000000.0, expected integer"),
         (

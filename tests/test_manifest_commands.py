@@ -108,11 +108,28 @@ def test_stats_are_shown_and_drawn(
     assert Path("pictures/stats.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "path"), [("report", "--into", "all.jsonl"), ("stats", "--picture", "audio/s00/0.wav")]
+)
+def test_pages_and_pictures_take_the_place_of_nothing_else(
+    manifest: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    option: str,
+    path: str,
+) -> None:
+    before = (manifest.parent / path).read_bytes()
+    assert sonosco(monkeypatch, verb, "all.jsonl", option, path) == 1
+    assert f"{option}: found '{path}', expected the name of a ." in capsys.readouterr().err
+    assert (manifest.parent / path).read_bytes() == before
+
+
 @pytest.mark.parametrize("verb", ["validate", "merge", "filter", "split", "stats", "report"])
 def test_a_missing_manifest_is_one_message(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    into = [] if verb in ("validate", "stats") else ["--into", "x"]
+    into = [] if verb in ("validate", "stats") else ["--into", "x.html"]
     assert sonosco(monkeypatch, verb, "none.jsonl", *into) == 1
     error = capsys.readouterr().err
     assert "none.jsonl: there is no such manifest" in error

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
@@ -255,9 +255,10 @@ def _explain(key: str, details: Mapping[str, object]) -> str:
     if details["type"] == "extra_forbidden":
         return f"{key}: unknown key; {nearest(key, [*valid_keys(), *Config.model_fields])}".rstrip("; ")
     if details["type"] == "literal_error":
-        section, _, name = key.partition(".")
-        annotation = Config.model_fields[section].annotation.model_fields[name].annotation  # type: ignore[union-attr]
-        return f"{key}: found {found!r}, {nearest(str(found), get_args(annotation))}"
+        context = details["ctx"]
+        assert isinstance(context, Mapping)
+        choices = re.findall("'(.*?)'", context["expected"])
+        return f"{key}: found {found!r}, {nearest(str(found), choices)}"
     if key.startswith("model.settings."):
         return f"{key}: found {found!r}, expected a number, a text or a list of numbers"
     if details["type"] == "string_pattern_mismatch":

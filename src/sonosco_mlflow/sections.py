@@ -16,7 +16,7 @@ Seconds = Annotated[float, Field(gt=0, le=1)]
 # It names a folder, a stage of DVC's, and begins the ids of utterances.
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
-Skippable = Literal["text", "same-audio", "file", "audio", "duration", "clipping", "silence"]
+Skippable = Literal["text", "short", "same-audio", "file", "audio", "duration", "clipping", "silence"]
 """The checks of ``sonosco manifest validate`` that find each row that is bad, whatever it is to be used for."""
 
 LanguageModelUnit = Literal["tokens", "words"]

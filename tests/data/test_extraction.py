@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,11 @@ def test_what_is_put_right_afterwards_is_finished(tone_manifest: Manifest, tmp_p
         extract_features(manifest, PROCESSOR, tmp_path / "store")
     shutil.move(tmp_path / "elsewhere.wav", missing)
     assert len(extract_features(manifest, PROCESSOR, tmp_path / "store")) == 4
+
+
+def test_recordings_shorter_than_a_window_are_named_at_once(tone_manifest: Manifest, tmp_path: Path) -> None:
+    rows = [replace(row, duration=0.01) if place in (1, 3) else row for place, row in enumerate(tone_manifest[:5])]
+    short = Manifest(rows, tone_manifest.root)
+    with pytest.raises(UserError, match=r"shorter than one analysis window .*tone-001\.wav \(0\.01 s\), .*data\.skip"):
+        extract_features(short, PROCESSOR, tmp_path / "store")
+    assert not (tmp_path / "store").exists()

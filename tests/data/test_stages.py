@@ -81,6 +81,10 @@ def test_rows_alone_open_no_recording(folder: DataFolder) -> None:
     path.write_text(re.sub('"text": "[A-E]+"', '"text": ""', lines[0]) + "".join(lines[1:]))
     (found,) = make_manifests(Config.resolve(RECIPE, {"data.skip": "[text]"}), "default", folder)
     assert (found.check, found.id, len(train_ids(folder))) == ("text", "tone-000", 5)
+    shortened = re.sub('"duration": [0-9.]+', '"duration": 0.04', lines[1])
+    path.write_text("".join([lines[0], shortened, *lines[2:]]))
+    (found,) = make_manifests(Config.resolve(RECIPE, {"data.skip": "[short, text]"}), "default", folder)
+    assert (found.check, found.id, len(train_ids(folder))) == ("short", "tone-001", 5)
 
 
 def of_folder(source: Path, **keys: str) -> Config:

@@ -9,6 +9,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from sonosco_mlflow.data import waveforms
 from sonosco_mlflow.data.augment import WaveformAugmentation
 from sonosco_mlflow.data.dataset import AudioDataset
 from sonosco_mlflow.data.manifest import Manifest
@@ -226,3 +227,33 @@ def test_each_utterance_of_each_epoch_is_heard_in_its_own_way(tone_manifest: Man
     once, again = heard(), heard()
     assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
     assert not torch.equal(once[0], once[2])
+
+
+def test_sounds_that_are_none_are_named_before_training(noises: Sounds) -> None:
+    folder = noises.paths[0].parent.parent if noises.paths[0].parent.name == "hiss" else noises.paths[0].parent
+    (folder / "._hum.wav").write_bytes(b"x")
+    assert Sounds(folder, "key").paths == noises.paths
+    soundfile.write(folder / "empty.wav", np.zeros(0), RATE)
+    with pytest.raises(UserError, match=r"augment\.noise_corpus: \S+empty\.wav holds no samples; take it out"):
+        Sounds(folder, "augment.noise_corpus")
+    (folder / "empty.wav").write_bytes(b"no sound")
+    with pytest.raises(UserError, match=r"augment\.noise_corpus: \S+empty\.wav cannot be read as audio"):
+        Sounds(folder, "augment.noise_corpus")
+
+
+def test_no_more_sounds_stay_in_memory_than_there_is_room_for(noises: Sounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(path: Path, sample_rate: int) -> Tensor:
+        read.append(path.name)
+        return torch.zeros(1000)
+
+    monkeypatch.setattr(waveforms, "read_audio", counted)
+    monkeypatch.setattr(waveforms, "KEPT_BYTES", 8000)
+    kept = waveforms._KeptSounds()
+    for name in ("a", "b", "a", "c", "a", "b"):
+        kept.read(Path(name), RATE)
+    # Of two that fit, the one that was asked for last stays.
+    assert read == ["a", "b", "c", "b"]
+    monkeypatch.setattr(waveforms, "KEPT_BYTES", 1)
+    assert len(kept.read(Path("d"), RATE)) == 1000

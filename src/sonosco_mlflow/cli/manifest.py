@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sonosco_mlflow.cli.app import app
+from sonosco_mlflow.errors import UserError
 
 if TYPE_CHECKING:
     from sonosco_mlflow.data.manifest import Manifest
@@ -114,12 +115,13 @@ def split(
 @manifest.command()
 def stats(
     manifests: Several,
-    picture: Annotated[Path | None, typer.Option(help="Draw the histograms into this PNG file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the histograms into this .png file.")] = None,
 ) -> None:
     """Count hours, speakers and words, and show how durations and rates of speech are spread."""
     from sonosco_mlflow.data.manifest import Manifest
     from sonosco_mlflow.data.manifest_tools.statistics import statistics_of
 
+    _require_suffix("--picture", picture, ".png")
     found = statistics_of(utterance for path in manifests for utterance in Manifest.read(path))
     typer.echo(str(found))
     if picture is not None:
@@ -133,7 +135,7 @@ def stats(
 @manifest.command()
 def report(
     manifests: Several,
-    into: Annotated[Path, typer.Option(help="The HTML file.")],
+    into: Annotated[Path, typer.Option(help="The .html file.")],
     vocabulary: VocabularyFile = None,
     rows_only: RowsOnly = False,
     sample_rate: SampleRate = 16_000,
@@ -144,6 +146,7 @@ def report(
     """Write one page with statistics, pictures, findings, and the rows to listen to."""
     from sonosco_mlflow.manifest_report import report
 
+    _require_suffix("--into", into, ".html")
     found = _findings(manifests, vocabulary, rows_only, sample_rate, channels, processes)
     page = report(manifests, found, int(most_megabytes * 1e6))
     into.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +166,16 @@ def _findings(
         yield from findings_of(
             manifests, vocabulary, expected, processes, lambda done, total: progress("recordings", done, total)
         )
+
+
+def _require_suffix(option: str, path: Path | None, suffix: str) -> None:
+    """Return if ``path`` has the suffix of what is to be written: else, by a slip, a manifest might stand there.
+
+    Raises:
+        UserError: it has another.
+    """
+    if path is not None and path.suffix.lower() != suffix:
+        raise UserError(f"{option}: found '{path}', expected the name of a {suffix} file, which it replaces")
 
 
 def _say_written(path: Path, made: "Manifest") -> None:

@@ -58,9 +58,11 @@ def extract_features(
         progress: called with (done, all), in utterances.
 
     Raises:
-        UserError: an utterance cannot be read, and the message names it; or ``directory`` holds what is no store's.
+        UserError: utterances are shorter than a window or cannot be read, and the message names them; or ``directory``
+            holds what is no store's.
     """
     _require_no_others(directory)
+    _require_windows(manifest, processor)
     executor = Processes() if executor is None else executor
     work = _Work(directory.with_name(f".{directory.name}.unfinished") if unfinished is None else unfinished)
     shards = assign_shards(manifest, processor, np.dtype(dtype).itemsize)
@@ -116,6 +118,20 @@ def _require_no_others(directory: Path) -> None:
         raise UserError(
             f"{directory}: holds {some(others)}, which is no part of a feature store and would be lost; give a "
             "folder of its own"
+        )
+
+
+def _require_windows(manifest: Manifest, processor: AudioDataProcessor) -> None:
+    """Return if every utterance is long enough for a frame: before hours of work, and of all at once."""
+    short = [
+        f"{manifest.audio_path(utterance)} ({utterance.duration:g} s)"
+        for utterance in manifest
+        if not processor.frames(round(utterance.duration * processor.sample_rate))
+    ]
+    if short:
+        raise UserError(
+            f"these recordings are shorter than one analysis window of {processor.window_length} samples: "
+            f"{some(short)}. Take them out, or leave them out with data.skip: [short]"
         )
 
 

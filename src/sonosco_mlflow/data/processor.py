@@ -62,7 +62,8 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
     """
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
+        # Of a name that ends in .raw it wants to be told the rate, of one with a null character it is no OSError.
         raise UserError(f"{path}: cannot be read as audio ({error})") from error
     return resampled(torch.from_numpy(samples).mean(dim=1), rate, sample_rate)
 
@@ -165,6 +166,8 @@ class AudioDataProcessor:
 @serializable
 class KaldiFilterBankProcessor(AudioDataProcessor):
     """Kaldi's log-mel filter banks, as ``torchaudio.compliance.kaldi.fbank`` computes them.
+
+    To the last bit, but where each window begins one sample behind the one before: its means are then summed otherwise.
 
     Samples count as 16 bit integers, as Kaldi reads them; each window is centred and pre-emphasised.
 

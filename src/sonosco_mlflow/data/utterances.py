@@ -77,6 +77,12 @@ def parse_line(line: str, place: str) -> Utterance:
 def _string(entry: Mapping[str, object], key: str, place: str, may_be_empty: bool = False) -> str:
     value = entry.get(key)
     if isinstance(value, str) and (value or may_be_empty):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: key {key!r}: found the escape of half a character, which no text can hold. Write it out."
+            ) from error
         return value
     expected = "a string" if may_be_empty else "a string that is not empty"
     raise UserError(f"{place}: key {key!r}: found {_found(entry, key)}. Expected {expected}.")

@@ -6,23 +6,28 @@ Each is a :class:`~sonosco_mlflow.data.augment.WaveformAugmentation` that leaves
 import hashlib
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import soundfile
 import torch
 import torchaudio
 from torch import Tensor
 
 from sonosco_mlflow.data.features import files_digest
 from sonosco_mlflow.data.processor import read_audio, resampled
+from sonosco_mlflow.data.walking import files_below
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import serializable
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+KEPT_BYTES = 256 * 1024 * 1024
+"""Of the sounds of a folder, as they were read, so many stay in memory: a minute at 16 kHz has 4 MB."""
 _LARGEST_GAIN = 60.0
 _LARGEST_PITCH = 12.0
 # Of stretching, in samples: a piece spans a few periods of a voice, and looks for its place within one.
@@ -122,15 +127,18 @@ class Sounds:
         key: of the recipe, for messages.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one of them cannot be read.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+        found = files_below(folder) if folder.is_dir() else []
+        paths = [path for path in found if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")]
         if not paths:
             raise UserError(f"{key}: found '{folder}', expected a folder with recordings ({', '.join(AUDIO_SUFFIXES)})")
+        for path in paths:
+            _require_sound(path, key)
         self.paths: Sequence[Path] = paths
-        self._read = lru_cache(maxsize=256)(read_audio)
+        self._kept = _KeptSounds()
 
     @cached_property
     def digest(self) -> str:
@@ -139,7 +147,7 @@ class Sounds:
 
     def draw(self, sample_rate: int, stream: np.random.Generator) -> Tensor:
         """Return the samples ``[samples]`` of one of them, each alike."""
-        return self._read(self.paths[int(stream.random() * len(self.paths))], sample_rate)
+        return self._kept.read(self.paths[int(stream.random() * len(self.paths))], sample_rate)
 
     def __getstate__(self) -> dict[str, object]:
         # Workers that are spawned remember sounds of their own.
@@ -147,7 +155,35 @@ class Sounds:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._read = lru_cache(maxsize=256)(read_audio)
+        self._kept = _KeptSounds()
+
+
+class _KeptSounds:
+    """Sounds as they were read, of which the latest stay in memory."""
+
+    def __init__(self) -> None:
+        self._sounds: OrderedDict[tuple[Path, int], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def read(self, path: Path, sample_rate: int) -> Tensor:
+        """Return the samples of a sound."""
+        key = (path, sample_rate)
+        if key not in self._sounds:
+            self._sounds[key] = read_audio(path, sample_rate)
+            self._bytes += self._sounds[key].nbytes
+        self._sounds.move_to_end(key)
+        while self._bytes > KEPT_BYTES and len(self._sounds) > 1:
+            self._bytes -= self._sounds.popitem(last=False)[1].nbytes
+        return self._sounds[key]
+
+
+def _require_sound(path: Path, key: str) -> None:
+    try:
+        samples = soundfile.info(str(path)).frames
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{key}: {path} cannot be read as audio ({error}); take it out of the folder") from error
+    if samples <= 0:
+        raise UserError(f"{key}: {path} holds no samples; take it out of the folder")
 
 
 class RecordedNoise(_SameLength):

@@ -46,7 +46,7 @@ class Search:
         language_model_weight: of its natural log-probability, the end of sentence included.
         length_reward: added for each token (for each word, with a language model over words).
         length_normalisation: attention models rank by total / steps ** this, the end of sentence being a step;
-            1 is Chan et al. 2016, section 3.4, 0 none.
+            0 is none. Without a language model, whose part is divided too, 1 is Chan et al. 2016, section 3.4.
         attention_limit: a step is only accepted where the attention's peak lies at most so many encoder frames from
             that of the step before (Hannun et al. 2019, section 3.5).
         end_threshold: the end of sentence is only considered where its log-probability is above this times that of

@@ -121,7 +121,9 @@ def _commands(stage: Any) -> Any:
 
 def _local_source(corpus: Corpus, project: Path) -> Path | None:
     """Return the source of a corpus, or None where it is one on the web or needs none."""
-    return None if corpus.source is None or "://" in corpus.source else (project / corpus.source).resolve()
+    if corpus.source is None or "://" in corpus.source:
+        return None
+    return (project / Path(corpus.source).expanduser()).resolve()
 
 
 def workspace_locked(workspace: Path, project: Path) -> AbstractContextManager[None]:

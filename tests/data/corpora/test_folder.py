@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,30 @@ def test_an_empty_or_missing_source_is_named(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     with pytest.raises(UserError, match="has no recordings with transcripts"):
         bring(tmp_path, tmp_path / "source")
+
+
+def test_linked_folders_and_hidden_files_are_taken_as_they_look(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("here/a", "here/b"):
+        record(source / f"{name}.wav")
+        (source / f"{name}.txt").write_text("yes")
+    record(tmp_path / "disk" / "c.wav")
+    (tmp_path / "disk" / "c.txt").write_text("no")
+    (source / "linked").symlink_to(tmp_path / "disk")
+    # What macOS leaves on other file systems.
+    (source / "here" / "._a.wav").write_bytes(b"x")
+    (source / "here" / "._a.txt").write_bytes(b"x")
+    manifests = bring(tmp_path, source)
+    found = {utterance.id: utterance.speaker for manifest in manifests.values() for utterance in manifest}
+    assert found == {"here-a": "here", "here-b": "here", "linked-c": "linked"}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.wav", b"two\nlines.wav"])
+def test_a_name_that_no_list_can_hold_is_refused(tmp_path: Path, name: bytes) -> None:
+    source = tmp_path / "source"
+    record(source / "a.wav")
+    (source / "a.txt").write_text("yes")
+    record(source / "b.wav")
+    os.rename(source / "b.wav", os.fsencode(source) + b"/" + name)  # noqa: PTH104 - no Path can be of such bytes
+    with pytest.raises(UserError, match=r"its name has bytes that are not UTF-8, or a control character.*Rename it"):
+        bring(tmp_path, source)

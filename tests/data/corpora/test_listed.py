@@ -2,6 +2,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 from tiny import contents, samples, sound, unpack
@@ -310,6 +311,41 @@ def test_kaldis_segments_are_cut(tmp_path: Path, source: Path) -> None:
     assert contents(tmp_path / "out") == one
 
 
+@pytest.mark.parametrize("nothing", ["", None])
+def test_a_speaker_or_an_id_that_says_nothing_is_unknown(tmp_path: Path, source: Path, nothing: str | None) -> None:
+    entries = [nemo(name, speaker=nothing, id=nothing) for name in NAMES]
+    (source / "all.jsonl").write_bytes(jsonl(*entries))
+    found = everything(bring_corpus("nemo", tmp_path / "out", str(source / "all.jsonl")))
+    assert found.keys() == {*NAMES}
+    assert {utterance.speaker for utterance in found.values()} == {"unknown"}
+    cuts = [cut(source, name, id=name) for name in NAMES]
+    for one in cuts:
+        one["supervisions"][0]["speaker"] = nothing  # type: ignore[index]
+    (source / "all.jsonl").write_bytes(jsonl(*cuts))
+    found = everything(bring_corpus("lhotse", tmp_path / "out", str(source / "all.jsonl")))
+    assert {utterance.speaker for utterance in found.values()} == {"unknown"}
+    (source / "all.jsonl").write_bytes(jsonl(*cuts, cut(source, "a0", id="")))
+    with pytest.raises(UserError, match=rf"all\.jsonl:{len(NAMES) + 1}: key 'id': found \"\"\. Expected a string"):
+        bring_corpus("lhotse", tmp_path / "out", str(source / "all.jsonl"))
+
+
+def test_kaldis_segments_may_be_of_one_channel(tmp_path: Path, source: Path) -> None:
+    both = np.stack([samples(1.0, seed=1), samples(1.0, seed=2)], axis=1)
+    soundfile.write(source / "wav" / "call.wav", both, 16000, subtype="PCM_16")
+    spans = {"a": "call 0 1 0", "b": "call 0 1 1", "c": "call 0 0.5 A", "d": "call 0 0.5 B"}
+    extra = {
+        "wav.scp": "call wav/call.wav\n",
+        "segments": "".join(f"{name} {span}\n" for name, span in spans.items()),
+        "text": "".join(f"{name} said {name}\n" for name in spans),
+        "utt2spk": "".join(f"{name} {name}\n" for name in spans),
+    }
+    unpack(kaldi([], extra), source)
+    found = everything(bring_corpus("kaldi", tmp_path / "out", str(source)))
+    for name, (channel, count) in {"a": (0, 16000), "b": (1, 16000), "c": (0, 8000), "d": (1, 8000)}.items():
+        audio, _ = soundfile.read(tmp_path / "out" / found[name].audio_filepath, dtype="int16")
+        assert audio.tolist() == both[:count, channel].tolist()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -324,8 +360,11 @@ def test_kaldis_segments_are_cut(tmp_path: Path, source: Path) -> None:
         ({"text": "a0 yes\nzz no\n"}, r"text: has lines for what is no utterance: zz\. Kaldi's utils/fix_data_dir\.sh"),
         ({"utt2spk": "a1 a\n"}, r"utt2spk: has no line for a0"),
         ({"segments": "a0 talk 0 1\n"}, r"segments:1: names the recording 'talk', which \S+wav\.scp does not"),
-        ({"segments": "a0 a0 x 1\n"}, r"segments:1: found 'a0 x 1'\. Expected a recording, and its start and end in"),
+        ({"segments": "a0 a0 x 1\n"}, r"segments:1: found 'a0 x 1'\. Expected a recording, its start and end in"),
         ({"segments": "a0 a0 nan 1\n"}, r"segments:1: found 'a0 nan 1'"),
+        ({"segments": "a0 a0 0 0.1 left\n"}, r"segments:1: found 'a0 0 0\.1 left'\. Expected .* which one, from 0"),
+        ({"segments": "a0 a0 0 0.1 0 1\n"}, r"segments:1: found 'a0 0 0\.1 0 1'"),
+        ({"segments": "a0 a0 0 0.1 1\n"}, r"segments:1: 'a0' is in channel 1\. Expected one below 1"),
         ({"segments": "a0 a0 0 0\n"}, r"segments:1: 'a0' holds no samples"),
     ],
 )

@@ -61,6 +61,16 @@ def test_a_recording_that_is_missing_or_none_is_found(tmp_path: Path) -> None:
     assert found[0].found == f"{tmp_path / 'a.wav'} cannot be opened (No such file or directory)"
 
 
+def test_a_name_that_nobody_can_open_is_a_finding_like_any(tmp_path: Path) -> None:
+    made = [Utterance(name, path, 1.0, "YES", "x") for name, path in (("a", "a.raw"), ("b", "b\0.wav"), ("c", "c.wav"))]
+    (tmp_path / "a.raw").write_bytes(bytes(100))
+    soundfile.write(tmp_path / "c.wav", tone(), RATE)
+    Manifest(made, tmp_path).write(tmp_path / "m.jsonl")
+    found = check(tmp_path / "m.jsonl")
+    assert names(found) == [(1, "a", "audio"), (2, "b", "file")]
+    assert "a.raw cannot be read as audio (samplerate must be specified)" in found[0].found
+
+
 @pytest.mark.parametrize(("off", "right"), [(0.009, True), (0.011, False), (-0.011, False)])
 def test_a_duration_that_differs_from_the_header_is_found(tmp_path: Path, off: float, right: bool) -> None:
     write(tmp_path, a=tone())

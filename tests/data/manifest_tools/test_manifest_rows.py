@@ -101,7 +101,7 @@ def test_lines_are_counted_as_ever_whatever_stands_in_them(tmp_path: Path, block
         (4, "c"),
         (5, "found []. Expected a JSON object"),
         (6, "d"),
-        (7, "found the escape of half a character, which no text can hold"),
+        (7, "key 'text': found the escape of half a character, which no text can hold. Write it out"),
         (8, "f"),
         (9, "g"),
         (10, "found bytes that are not UTF-8"),
@@ -138,3 +138,8 @@ def test_a_finding_says_where_what_and_what_to_do() -> None:
         "found": "the text is empty",
         "mend": "write what is said, or take the row out",
     }
+
+
+def test_what_is_too_short_for_any_word_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.jsonl", row("a", duration=0.049), row("b", duration=0.05))
+    assert [(finding.line, finding.check) for finding in check_rows([path])] == [(1, "short")]

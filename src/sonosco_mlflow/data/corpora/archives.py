@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from sonosco_mlflow.data.walking import files_below
 from sonosco_mlflow.errors import UserError
 
 PLAIN_NAME = r"(?!\.)[^/\\\x00-\x1f\x7f]+"
@@ -150,9 +151,9 @@ def is_archive(path: Path) -> bool:
 
 def _of_folder(source: Path, wanted: re.Pattern[str]) -> Iterator[Member]:
     root = source.resolve()
-    for path in sorted(root.rglob("*")):
+    for path in files_below(root):
         match = wanted.search(path.relative_to(root.parent).as_posix())
-        if match and path.is_file():
+        if match:
             yield Member(match, str(path), path, path.stat().st_size, source, _opener(path))
 
 

@@ -88,7 +88,7 @@ def duration_of(path: Path) -> float:
     """
     try:
         header = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error}).") from error
     if header.frames <= 0:
         raise UserError(f"{path}: holds no samples.")

@@ -115,9 +115,9 @@ def _read_table(table: str, place: str) -> Iterator[_Row]:
         entry = dict(zip(columns, fields, strict=False))
         clip = re.sub(rf"{_SUFFIX}$", "", entry.get("path", ""))
         text = " ".join(entry.get("sentence", "").split())
-        if len(fields) != len(columns) or not text or not re.fullmatch(PLAIN_NAME, clip):
+        if len(fields) != len(columns) or not re.fullmatch(PLAIN_NAME, clip):
             raise UserError(
-                f"{place}:{number}: found {line.strip()[:80]!r}. Expected {len(columns)} columns, the name of a clip "
-                "as path, and a sentence."
+                f"{place}:{number}: found {line.strip()[:80]!r}. Expected {len(columns)} columns, and as path the name "
+                "of a clip."
             )
         yield _Row(clip, text, entry["client_id"] or UNKNOWN_SPEAKER)

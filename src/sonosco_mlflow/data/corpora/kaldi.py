@@ -15,6 +15,8 @@ from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER
 from sonosco_mlflow.errors import UserError
 
 _TO_THE_END = -1.0
+# Of telephone calls, by letters.
+_CHANNELS = {"A": 0, "B": 1}
 
 
 def bring(request: Request) -> Brought:
@@ -38,6 +40,7 @@ class _Span:
     place: str
     start: float = 0.0
     end: float | None = None
+    channel: int | None = None
 
 
 def _read(folder: Path) -> list[Segment]:
@@ -52,7 +55,16 @@ def _read(folder: Path) -> list[Segment]:
     _require_same(folder / "text", spans, texts)
     _require_same(folder / "utt2spk", spans, speakers)
     return [
-        Segment(name, recordings[span.recording][1], texts[name], speakers[name], span.place, span.start, span.end)
+        Segment(
+            id=name,
+            recording=recordings[span.recording][1],
+            text=texts[name],
+            speaker=speakers[name],
+            place=span.place,
+            start=span.start,
+            end=span.end,
+            channel=span.channel,
+        )
         for name, span in spans.items()
     ]
 
@@ -70,15 +82,19 @@ def _read_segments(folder: Path, recordings: Collection[str]) -> dict[str, _Span
     spans = {}
     for name, place, rest in _table(folder / "segments"):
         try:
-            recording, first, last = rest.split()[:3]
+            recording, first, last, *channels = rest.split()
             start, end = float(first), float(last)
+            (channel,) = [_CHANNELS[name] if name in _CHANNELS else int(name) for name in channels] or (None,)
         except ValueError:
-            recording, start, end = "", math.nan, math.nan
+            recording, start, end, channel = "", math.nan, math.nan, None
         if not (math.isfinite(start) and math.isfinite(end)):
-            raise UserError(f"{place}: found {rest[:80]!r}. Expected a recording, and its start and end in seconds.")
+            raise UserError(
+                f"{place}: found {rest[:80]!r}. Expected a recording, its start and end in seconds, and of a recording "
+                "of several channels which one, from 0."
+            )
         if recording not in recordings:
             raise UserError(f"{place}: names the recording {recording!r}, which {folder / 'wav.scp'} does not.")
-        spans[name] = _Span(recording, place, start, None if end == _TO_THE_END else end)
+        spans[name] = _Span(recording, place, start, None if end == _TO_THE_END else end, channel)
     return spans
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import soundfile
 
 from sonosco_mlflow.data.corpora.base import Brought, Request
-from sonosco_mlflow.data.corpora.listed import ListFormat, locate, read_objects, seconds_at, string_at
+from sonosco_mlflow.data.corpora.listed import ListFormat, locate, name_at, read_objects, seconds_at, string_at
 from sonosco_mlflow.data.corpora.segments import Segment
 from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER, Manifest, Utterance
 from sonosco_mlflow.errors import UserError
@@ -109,7 +109,7 @@ def _segment(entry: Mapping[str, object], place: str, folder: Path) -> Segment:
     is_whole = start + duration >= lasts - _ROUNDING
     texts, speakers = _supervisions(entry, place)
     return Segment(
-        id=string_at(entry, "id", place),
+        id=string_at(entry, "id", place, may_be_empty=False),
         recording=locate(string_at(sources[0], "source", place), folder),
         text=" ".join(texts),
         speaker=speakers.pop() if len(speakers) == 1 else UNKNOWN_SPEAKER,
@@ -128,11 +128,7 @@ def _supervisions(entry: Mapping[str, object], place: str) -> tuple[list[str], s
     # Their times count from the cut's beginning, and may lie before it.
     ordered = sorted(supervisions, key=lambda supervision: seconds_at(supervision, "start", place, least=-math.inf))
     texts = [string_at(supervision, "text", place) for supervision in ordered]
-    return texts, {string_at({"speaker": UNKNOWN_SPEAKER} | _stated(s), "speaker", place) for s in ordered}
-
-
-def _stated(entry: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in entry.items() if value is not None}
+    return texts, {name_at(supervision, "speaker", place, UNKNOWN_SPEAKER) for supervision in ordered}
 
 
 def _channel(entry: Mapping[str, object], source: Mapping[str, object], place: str) -> int:

@@ -132,16 +132,26 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
         yield place, entry
 
 
-def string_at(entry: Mapping[str, object], key: str, place: str) -> str:
+def string_at(entry: Mapping[str, object], key: str, place: str, may_be_empty: bool = True) -> str:
     """Return the string under ``key``.
 
     Raises:
         UserError: there is none.
     """
     value = entry.get(key)
-    if not isinstance(value, str):
-        raise UserError(f"{place}: key {key!r}: found {_found(entry, key)}. Expected a string.")
+    if not isinstance(value, str) or not (value or may_be_empty):
+        expected = "a string" if may_be_empty else "a string that is not empty"
+        raise UserError(f"{place}: key {key!r}: found {_found(entry, key)}. Expected {expected}.")
     return value
+
+
+def name_at(entry: Mapping[str, object], key: str, place: str, otherwise: str) -> str:
+    """Return the string under ``key``, or ``otherwise`` where there is none, null, or an empty one.
+
+    Raises:
+        UserError: there is something else.
+    """
+    return otherwise if entry.get(key) in (None, "") else string_at(entry, key, place)
 
 
 def seconds_at(entry: Mapping[str, object], key: str, place: str, least: float = 0.0) -> float:

@@ -7,7 +7,7 @@ it that begins there and lasts ``duration`` seconds. ``speaker`` and ``id`` are 
 from pathlib import Path
 
 from sonosco_mlflow.data.corpora.base import Brought, Request
-from sonosco_mlflow.data.corpora.listed import ListFormat, locate, read_objects, seconds_at, string_at
+from sonosco_mlflow.data.corpora.listed import ListFormat, locate, name_at, read_objects, seconds_at, string_at
 from sonosco_mlflow.data.corpora.segments import Segment, segment_id
 from sonosco_mlflow.data.manifest import UNKNOWN_SPEAKER
 
@@ -33,8 +33,8 @@ def _read(path: Path) -> list[Segment]:
             start = seconds_at(entry, "offset", place)
             end = start + seconds_at(entry, "duration", place)
             name = segment_id(recording.stem, start, end)
-        identifier = string_at({"id": name} | entry, "id", place)
-        speaker = string_at({"speaker": UNKNOWN_SPEAKER} | entry, "speaker", place)
+        identifier = name_at(entry, "id", place, name)
+        speaker = name_at(entry, "speaker", place, UNKNOWN_SPEAKER)
         text = string_at(entry, "text", place)
         segments.append(Segment(identifier, recording, text, speaker, place, start, end))
     return segments

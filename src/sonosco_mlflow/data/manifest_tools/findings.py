@@ -7,6 +7,7 @@ CHECKS = {
     "row": "mend the line, or take it out",
     "id": "give each utterance an id of its own",
     "text": "write what is said, or take the row out",
+    "short": "take the row out: in so short a time nobody says anything",
     "characters": "spell the text by the vocabulary, or make a vocabulary of this text",
     "speaker": "keep each speaker in one split: `sonosco manifest split` does",
     "same-audio": "keep one of the two",

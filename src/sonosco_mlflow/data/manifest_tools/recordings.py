@@ -67,7 +67,7 @@ def check_recordings(
     for done, (task, (digest, found)) in enumerate(zip(tasks, looked_at, strict=True), start=1):
         first = first_of.setdefault(digest, task) if digest else task
         # That a path stands in two rows is known without opening it.
-        if first.path.resolve() != task.path.resolve():
+        if first is not task and first.path.resolve() != task.path.resolve():
             found = [*found, ("same-audio", f"{task.path} has the bytes of {first.manifest}:{first.line}")]
         for check, what in found:
             yield Finding(task.manifest, task.line, task.id, check, what)
@@ -79,13 +79,17 @@ def _look_at(task: _Task, expected: Expected) -> tuple[bytes, list[tuple[str, st
     try:
         with task.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        return b"", [("file", f"{task.path} cannot be opened ({error.strerror})")]
+    except (OSError, ValueError) as error:
+        # A path with a null character is no OSError.
+        reason = error.strerror if isinstance(error, OSError) else error
+        return b"", [("file", f"{task.path} cannot be opened ({reason})")]
     try:
         with soundfile.SoundFile(task.path) as audio:
             return digest, [*_check_header(audio, task, expected), *_check_samples(audio, task.path)]
-    except soundfile.LibsndfileError as error:
-        return digest, [("audio", f"{task.path} cannot be read as audio ({error.error_string.strip().rstrip('.')})")]
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        # Of a name that ends in .raw it wants to be told the rate, and says so by a TypeError.
+        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
+        return digest, [("audio", f"{task.path} cannot be read as audio ({reason.strip().rstrip('.')})")]
 
 
 def _check_header(audio: soundfile.SoundFile, task: _Task, expected: Expected) -> Iterator[tuple[str, str]]:
