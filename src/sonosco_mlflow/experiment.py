@@ -15,7 +15,6 @@ only the first of them differs:
 """
 
 import hashlib
-import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -43,7 +42,7 @@ from sonosco_mlflow.settings import flatten, plain_settings
 from sonosco_mlflow.tracking.language_model import kept_model_of
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun, folder_name
 from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
@@ -145,9 +144,7 @@ class Experiment:
         threads = config.training.threads if isinstance(config, Config) else torch.get_num_threads()
         determinism.configure(threads)
         run = TrackedRun.open(experiment, "train", name)
-        # A name in the UI may hold anything, a folder's may not.
-        safe_name = re.sub(r"[^\w. -]+", "-", name or "train").strip(". ")[:100]
-        place = f"{safe_name}-{run.id[:6]}"
+        place = folder_name(name or "train", run.id)
         try:
             lease = Lease.take(run.id)
         except BaseException as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ def report(outcome: Outcome) -> str:
     rates = {name: value for name, value in outcome.metrics.items() if name.endswith("error_rate")}
     lines = [f"  {name:<28} {100 * value:6.2f} %{_interval(outcome.metrics, name)}" for name, value in rates.items()]
     uri = without_secrets(os.environ["MLFLOW_TRACKING_URI"])
+    see = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite") else uri
     return "\n".join(
         [
             f"\nrun {outcome.run_id}",
@@ -31,7 +33,7 @@ def report(outcome: Outcome) -> str:
             "",
             transcripts(outcome.results, 3),
             "",
-            f"see it:  mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"see it:  {uri}",
+            f"see it:  {see}",
         ]
     )
 

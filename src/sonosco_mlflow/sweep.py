@@ -30,7 +30,7 @@ from sonosco_mlflow.recipe import check_recipe
 from sonosco_mlflow.search_space import Space, as_text, check_space, combination, draw, grid_size
 from sonosco_mlflow.tracking.child_runs import trial_run
 from sonosco_mlflow.tracking.lease import Lease, condition
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun, folder_name
 from sonosco_mlflow.tracking.pipeline import locked
 from sonosco_mlflow.tracking.store import connect, find_run
 from sonosco_mlflow.tracking.tags import CODE_DIGEST, HOST
@@ -151,7 +151,7 @@ def sweep(
         with locked(project / ".sonosco" / "sweeps.lock"):
             study = _open_study(plan, config, project, name)
             parent = stack.enter_context(_parent(study, config, name))
-        recipe = project / "runs" / f"sweep-{name}-{parent.id[:6]}" / "params.yaml"
+        recipe = project / "runs" / folder_name(f"sweep-{name}", parent.id) / "params.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(config.to_yaml(), encoding="utf-8")
         parent.log_text(config.to_yaml(), "config/params.yaml")

@@ -560,3 +560,18 @@ def test_a_file_of_200_megabytes_is_not_read_into_memory(repository: Path) -> No
     facts = json.loads(snapshot.git_json())
     assert archive_digest(snapshot.archive, facts["left_out"]) == snapshot.digest
     assert peak < 20_000_000
+
+
+def test_what_the_folders_around_a_project_are_called_says_nothing(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    moved = tmp_path_factory.mktemp("around") / "mlruns" / ".sonosco" / "project"
+    moved.parent.mkdir(parents=True)
+    repository.rename(moved)
+    (moved / "untracked.py").write_text("x = 1")
+    (moved / "sweeps.db_tools.py").write_text("x = 2")
+    (moved / "mlruns").mkdir()
+    (moved / "mlruns" / "meta.yaml").write_text("")
+    snapshot = snapshot_code(moved)
+    assert snapshot.dirty
+    assert names(snapshot.archive) == [".gitignore", "sweeps.db_tools.py", "tracked.py", "untracked.py"]

@@ -330,3 +330,9 @@ def test_a_lock_is_not_written_through_a_link(run_id: str, locks: Path, tmp_path
     with pytest.raises(OSError, match="symbolic link"):
         take(run_id, locks)
     assert victim.read_text() == "precious"
+
+
+def test_a_run_that_was_deleted_is_told_how_it_comes_back(run_id: str, locks: Path) -> None:
+    mlflow.delete_run(run_id)
+    with pytest.raises(UserError, match=rf"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings"):
+        Lease.take(run_id, locks=locks)

@@ -8,7 +8,13 @@ import pytest
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking import secrecy
-from sonosco_mlflow.tracking.secrecy import holds_secret, is_secret, require_no_secrets, without_secrets
+from sonosco_mlflow.tracking.secrecy import (
+    holds_secret,
+    is_secret,
+    require_no_secrets,
+    without_secret_options,
+    without_secrets,
+)
 
 # Put together, so that this file is no secret itself.
 LOGIN = "https://bob:" + "hunter2-of-bob@pypi.example.org/simple"
@@ -163,3 +169,21 @@ def test_this_repository_is_kept_whole() -> None:
     paths = [root / name for name in listed.split("\0") if name]
     assert Path(secrecy.__file__) in paths
     assert [path for path in paths if is_secret(path)] == []
+
+
+def test_what_options_are_given_as_secrets_is_not_kept() -> None:
+    given = ["prog.py", "--user", "anna", "--password", "correct-horse", "--api-key=0123", "-v", "--db-passwd", "--x"]
+    shown = ["prog.py", "--user", "anna", "--password", "***", "--api-key=***", "-v", "--db-passwd", "--x"]
+    assert without_secret_options(given) == shown
+    harmless = [
+        "--set",
+        "tokenizer.size=500",
+        "--tokenizer",
+        "bert",
+        "--max-tokens",
+        "100",
+        "-P",
+        "model=tds",
+        "--key=a",
+    ]
+    assert without_secret_options(harmless) == harmless

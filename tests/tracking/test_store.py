@@ -4,6 +4,7 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,55 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.tracking import store
 from sonosco_mlflow.tracking.store import connect, download, find_run, is_away
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 
 
+@pytest.mark.parametrize("given", [None, "sqlite:///mlflow.db"])
 def test_a_copy_that_dvc_made_for_an_experiment_uses_the_projects_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:
-    copy = tmp_path / "project" / ".dvc" / "tmp" / "exps" / "temporary"
+    project = tmp_path / "my project"
+    copy = project / ".dvc" / "tmp" / "exps" / "temporary"
     copy.mkdir(parents=True)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(copy)
+    if given is None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    connect(Path())
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{project / 'mlflow.db'}"
+    # The artifacts of what is made there stay as well, and so do those of the experiment that MLflow makes itself.
+    mlflow.set_experiment("new")
+    places = [mlflow.get_experiment_by_name(name).artifact_location for name in ("new", "Default")]
+    assert [Path(place.removeprefix("file://")).parent for place in places] == [project / "mlruns"] * 2
+    assert Path.cwd() == copy
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("sqlite:///a.db", "sqlite:///HERE/a.db"),
+        ("sqlite:////data/a.db", "sqlite:////data/a.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("./mlruns", "HERE/mlruns"),
+        ("file:./mlruns", "file:HERE/mlruns"),
+        ("file:///data/mlruns", "file:///data/mlruns"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_a_store_on_this_machine_is_the_same_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     monkeypatch.setattr(mlflow, "MlflowClient", Mock())
-    connect(copy)
-    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path / 'project' / 'mlflow.db'}"
+    monkeypatch.setattr(store, "_store_lock", lambda uri: nullcontext())
+    connect(Path())
+    assert os.environ["MLFLOW_TRACKING_URI"] == expected.replace("HERE", str(tmp_path))
 
 
 # ---------------------------------------------------------------------- a server that is away
@@ -218,3 +254,13 @@ def test_a_locked_database_is_away_and_a_missing_run_is_not(
 )
 def test_errors_of_this_machine_are_no_absence(error: Exception, expected: bool) -> None:
     assert is_away(error) == expected
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, "UNAUTHENTICATED"), (403, "PERMISSION_DENIED")])
+def test_a_store_that_wants_to_know_who_asks_is_told_from_one_without_the_run(
+    monkeypatch: pytest.MonkeyPatch, address: str, status: int, code: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    answer(monkeypatch, status, {"error_code": code, "message": "not you"})
+    with pytest.raises(UserError, match=r"does not tell of run 'abc': .*not you; .* set MLFLOW_TRACKING_USERNAME"):
+        find_run("abc")

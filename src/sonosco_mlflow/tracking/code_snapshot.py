@@ -45,6 +45,7 @@ _RECIPE = frozenset({"params.yaml", "dvc.lock"})
 _LOGS = frozenset({".log", ".out"})
 # What runs write beside the code, where git is not told to ignore it.
 _OUTPUT = frozenset({"mlruns", "mlartifacts", ".sonosco"})
+_BESIDE_DATABASES = ("", "-journal", "-wal", "-shm", ".lock")
 _RUN_FOLDER = re.compile(r".+-[0-9a-f]{6}")
 # A fixed date: the archive's bytes are to depend on the files alone.
 _ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
@@ -153,16 +154,17 @@ def _warn_of_compiled(kept: Container[Path]) -> None:
 
 def _output_of(project: Path) -> Callable[[Path], bool]:
     """Return what says of an untracked file whether runs of ``project`` write it."""
-    stores = [str(project / "sweeps.db"), str(project / "mlflow.db")]
+    databases = [str(project / "sweeps.db"), str(project / "mlflow.db")]
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    stores += [str(Path(uri.removeprefix("sqlite:///")).resolve())] if uri.startswith("sqlite:///") else []
+    databases += [str(Path(uri.removeprefix("sqlite:///")).resolve())] if uri.startswith("sqlite:///") else []
+    stores = {f"{database}{ending}" for database in databases for ending in _BESIDE_DATABASES}
     runs = project / "runs"
 
     def is_output(path: Path) -> bool:
         if path.is_relative_to(runs) and len(path.parts) > len(runs.parts):
             return bool(_RUN_FOLDER.fullmatch(path.parts[len(runs.parts)]))
-        # Beside a database stand its journal and its lock.
-        return not _OUTPUT.isdisjoint(path.parts) or str(path).startswith(tuple(stores))
+        # What the folders are called that the project lies in says nothing.
+        return not _OUTPUT.isdisjoint(Path(os.path.relpath(path, project)).parts) or str(path) in stores
 
     return is_output
 

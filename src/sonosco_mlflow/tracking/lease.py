@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Self
 
 import mlflow
-from mlflow.entities import Run, RunTag
+from mlflow.entities import LifecycleStage, Run, RunTag
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.host_lock import LOCKS, HostLock, locks_name
@@ -89,7 +89,12 @@ class Lease:
 
     def _claim(self) -> None:
         # Only now: what stood there before the lock was taken may be outdated.
-        tags = find_run(self.run_id).data.tags
+        run = find_run(self.run_id)
+        if run.info.lifecycle_stage == LifecycleStage.DELETED:
+            raise UserError(
+                f"run {self.run_id} was deleted; `mlflow runs restore --run-id {self.run_id}` brings it back"
+            )
+        tags = run.data.tags
         age = _heartbeat_age(tags, self._now())
         # Here the lock was free: whoever is named there has vanished. Elsewhere a process has it from taking it until
         # it lets go, whatever the run's state says.

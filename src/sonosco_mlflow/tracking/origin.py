@@ -19,7 +19,7 @@ from sonosco_mlflow.tracking.environment import Environment, describe_environmen
 from sonosco_mlflow.tracking.imported_code import is_installed
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
-from sonosco_mlflow.tracking.secrecy import without_secrets
+from sonosco_mlflow.tracking.secrecy import without_secret_options, without_secrets
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
@@ -56,7 +56,9 @@ class Command:
         folder = Path.cwd() if Path.cwd().is_relative_to(root) else root
         program = getattr(sys.modules["__main__"], "__file__", None)
         return cls(
-            arguments=tuple(_portable(argument, code, program, folder) for argument in sys.orig_argv[1:]),
+            arguments=tuple(
+                _portable(argument, code, program, folder) for argument in without_secret_options(sys.orig_argv[1:])
+            ),
             folder=os.path.relpath(folder, root),
             path=tuple(_searched(code)),
             trains_recipe=trains_recipe,

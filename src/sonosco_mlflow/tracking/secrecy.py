@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from sonosco_mlflow.errors import UserError, describe_failure
@@ -60,7 +60,7 @@ _SIGNED = re.compile(
     re.IGNORECASE,
 )
 _VARIABLES = re.compile(
-    r"TOKEN|SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CONNECTION_STRING|_(KEY|PAT|PWD?)$",
+    r"TOKEN(?!S|IZ)|SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CONNECTION_STRING|_(KEY|PAT|PWD?)$",
     re.IGNORECASE,
 )
 # What a shorter one says may stand anywhere by chance.
@@ -144,6 +144,30 @@ def without_secrets(text: str) -> str:
             text = token.sub("***", text)
     # Some services take a token in the query, or behind it.
     return _ADDRESS.sub(lambda found: found[1] + found[3], text) if "://" in text else text
+
+
+def without_secret_options(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command; of options that are named as secrets are, ``***`` for what they are given.
+
+    >>> without_secret_options(["--user", "anna", "--password", "correct-horse", "--api-key=0123"])
+    ['--user', 'anna', '--password', '***', '--api-key=***']
+    """
+    shown: list[str] = []
+    is_value = False
+    for argument in arguments:
+        option = re.fullmatch(r"(--?([a-z][\w.-]*))(=.*)?", argument, re.IGNORECASE | re.DOTALL)
+        if is_value and not option:
+            shown.append("***")
+        elif option and option[3] and _names_secret(option[2]):
+            shown.append(f"{option[1]}=***")
+        else:
+            shown.append(argument)
+        is_value = bool(option and not option[3] and _names_secret(option[2]))
+    return shown
+
+
+def _names_secret(option: str) -> bool:
+    return bool(_VARIABLES.search(option.replace("-", "_")))
 
 
 def _holds_token(text: str) -> bool:

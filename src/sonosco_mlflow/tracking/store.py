@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, chdir, nullcontext
 from http import HTTPStatus
 from pathlib import Path
 
@@ -21,25 +21,46 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.pipeline import locked
 from sonosco_mlflow.tracking.secrecy import without_secrets
 
+_COPIES = (".dvc", "tmp", "exps")
+# Of a run that there is not, and of an id that can be none's.
+_UNKNOWN = {
+    databricks_pb2.ErrorCode.Name(code)
+    for code in (databricks_pb2.RESOURCE_DOES_NOT_EXIST, databricks_pb2.INVALID_PARAMETER_VALUE)
+}
+
 
 def connect(project: Path) -> None:
-    """Settle the tracking store: ``MLFLOW_TRACKING_URI``, or MLflow's own default made absolute.
+    """Settle the tracking store: ``MLFLOW_TRACKING_URI``, or MLflow's own default in ``project``, made absolute.
 
-    ``dvc exp run --temp`` runs in a copy that is deleted afterwards; the default store of such a copy is the one of
-    the project that it was made from.
+    ``dvc exp run --temp`` runs in a copy that is deleted afterwards; the store of such a copy is the one of the project
+    that it was made from, with its artifacts.
     """
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        root = project.resolve()
-        parts = root.parts
-        for i in range(len(parts) - 2):
-            if parts[i : i + 3] == (".dvc", "tmp", "exps"):
-                root = Path(*parts[:i])
-        # Stages and other children inherit it.
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / 'mlflow.db'}"
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    folder = _kept(Path.cwd() if given else project.resolve())
+    # Stages and other children inherit it, wherever they run.
+    os.environ["MLFLOW_TRACKING_URI"] = _absolute(given or "sqlite:///mlflow.db", folder)
     _quieten()
-    # Two processes that create the database at once can break it for good.
-    with _store_lock(os.environ["MLFLOW_TRACKING_URI"]):
+    # Two processes that create the database at once can break it for good. A store that MLflow makes for the first time
+    # remembers the current folder: below that lie the artifacts of all experiments to come.
+    with _store_lock(os.environ["MLFLOW_TRACKING_URI"]), chdir(folder):
         mlflow.MlflowClient().search_experiments(max_results=1)
+
+
+def _kept(folder: Path) -> Path:
+    """Return ``folder``, or, where DVC deletes it afterwards, the one that it is a copy of."""
+    parts = folder.parts
+    for i in range(len(parts) - 3):
+        if parts[i : i + 3] == _COPIES:
+            return Path(*parts[:i], *parts[i + 4 :])
+    return folder
+
+
+def _absolute(uri: str, folder: Path) -> str:
+    """Return where a store is; one on this machine by an absolute path."""
+    for start in ("sqlite:///", "file:"):
+        if uri.startswith(start) and not uri.removeprefix(start).startswith(("/", ":memory:")):
+            return f"{start}{folder / uri.removeprefix(start)}"
+    return uri if ":" in uri or uri.startswith("databricks") or uri == "uc" else str(folder / uri)
 
 
 def _quieten() -> None:
@@ -94,9 +115,14 @@ def find_run(run_id: str) -> Run:
     except MlflowException as error:
         if is_away(error):
             raise UserError(f"the tracking store {_address()} does not answer: {error}") from error
+        if error.error_code in _UNKNOWN:
+            raise UserError(
+                f"run '{run_id}' is not in the tracking store {_address()}; `sonosco show` lists the trainings there, "
+                "MLFLOW_TRACKING_URI names another store"
+            ) from error
         raise UserError(
-            f"run '{run_id}' is not in the tracking store {_address()}; "
-            "`mlflow runs list --experiment-id 0` lists runs, MLFLOW_TRACKING_URI names another store"
+            f"the tracking store {_address()} does not tell of run '{run_id}': {without_secrets(str(error))}; if it "
+            "wants to know who asks, set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
         ) from error
 
 
