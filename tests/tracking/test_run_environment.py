@@ -1,5 +1,7 @@
 import importlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,33 @@ def test_remains_and_folders_of_ones_own_are_no_distributions(tmp_path: Path, mo
     pins = describe_environment(1, "ab12", tmp_path).pins
     assert "torch" in pins
     assert not {"half-gone", "own-package"} & pins.keys()
+
+
+@pytest.mark.parametrize(
+    ("origins", "label"),
+    [
+        (
+            ["vcs_info", {"vcs": "git", "commit_id": "a" * 40}, {"vcs": "git", "commit_id": "b" * 40}],
+            "git.aaaaaaaaaaaa",
+        ),
+        (["archive_info", {"hashes": {"sha256": "c" * 64}}, {"hash": "sha256=" + "d" * 64}], "archive.cccccccccccc"),
+    ],
+)
+def test_code_from_a_repository_or_an_archive_is_told_by_more_than_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origins: list[Any], label: str
+) -> None:
+    kind, *given = origins
+    found = []
+    for number, origin in enumerate(given):
+        site = tmp_path / str(number)
+        install(site, "my-models", "1.0", "my_models")
+        address = {"url": "https://example.org/models", kind: origin}
+        (site / "my_models-1.0.dist-info" / "direct_url.json").write_text(json.dumps(address))
+        with monkeypatch.context() as context:
+            context.syspath_prepend(site)
+            found.append(describe_environment(1, "ab12", tmp_path))
+    assert found[0].pins["my-models"] == f"1.0+{label}"
+    assert found[0].digest != found[1].digest
 
 
 def test_another_gpu_is_named() -> None:

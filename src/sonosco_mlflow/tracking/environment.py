@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -174,11 +176,32 @@ def _installed(state: tuple[tuple[str, int], ...]) -> dict[str, tuple[str, froze
             continue
         name = item.metadata["Name"]
         # Of a folder of the user's, as of this package, the run keeps the code itself.
-        if "dir_info" in (item.read_text("direct_url.json") or "") or _normal(name) == "sonosco-mlflow":
+        origin = json.loads(item.read_text("direct_url.json") or "{}")
+        if "dir_info" in origin or _normal(name) == "sonosco-mlflow":
             continue
         # The first that is found is the one that is imported.
-        found.setdefault(_normal(name), (item.version, _modules(item)))
+        found.setdefault(_normal(name), (_version(item.version, origin), _modules(item)))
     return found
+
+
+def _version(stated: str, origin: Mapping[str, Any]) -> str:
+    """Return a version that says which code it is, of a distribution from a repository or an archive too.
+
+    There, other code may have the same version. What is added is a local label, which no index has: nobody takes
+    another distribution of that name for it.
+
+    >>> _version("1.0", {"vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}})
+    '1.0+git.0123456789ab'
+    """
+    if repository := origin.get("vcs_info"):
+        label = f"{repository['vcs']}.{repository['commit_id'][:12]}"
+    elif archive := origin.get("archive_info"):
+        # pip and uv state one or the other, or neither.
+        digest = archive.get("hashes", {}).get("sha256") or str(archive.get("hash", "")).rpartition("=")[2]
+        label = f"archive.{digest[:12]}" if digest else "archive"
+    else:
+        return stated
+    return f"{stated}{'.' if '+' in stated else '+'}{label}"
 
 
 def _modules(item: importlib.metadata.Distribution) -> frozenset[str]:
