@@ -995,3 +995,11 @@ def test_a_run_that_goes_on_shows_life_from_when_it_was_taken(
     train(again, trainer)
     thread.join(20)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("name", ["w(1)", "a=b", "a//b", "a/", "x" * 251])
+def test_a_setting_of_a_name_that_mlflow_refuses_opens_no_run(name: str, project: Path) -> None:
+    before = len(mlflow.search_runs(search_all_experiments=True))
+    with pytest.raises(UserError, match="MLflow keeps no setting of that name"):
+        Experiment.create({"model": {name: 1}}, project=project)
+    assert len(mlflow.search_runs(search_all_experiments=True)) == before

@@ -15,6 +15,7 @@ only the first of them differs:
 """
 
 import hashlib
+import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,9 @@ from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
 
 C = TypeVar("C", bound=Callback)
+# Of a parameter in MLflow, behind the names of the sections that it is in.
+_NAME = re.compile(r"(?!\.\.?(/|$))[\w.\-: ]+(/(?!\.\.?(/|$))[\w.\-: ]+)*")
+_LONGEST_NAME = 250
 
 
 class Experiment:
@@ -407,6 +411,12 @@ class Experiment:
 def _keepable(config: Config | Mapping[str, object]) -> Config | Mapping[str, object]:
     settings = config.model_dump(mode="json") if isinstance(config, Config) else plain_settings(config)
     require_no_secrets(settings)
+    for name, _ in flatten(settings):
+        if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+            raise UserError(
+                f"{name:.80}: MLflow keeps no setting of that name; expected letters, digits, '_', '-', ':' and "
+                f"spaces, or parts of these with '/' between, {_LONGEST_NAME} at most"
+            )
     return config if isinstance(config, Config) else settings
 
 
