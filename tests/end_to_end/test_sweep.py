@@ -21,6 +21,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.search_space import Space, draw, read_space
 from sonosco_mlflow.sweep import SweepResult
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.tags import STATE
 
 LONGEST_WAIT = 60.0  # only a test that fails waits so long
 SONOSCO = [sys.executable, "-m", "sonosco_mlflow"]
@@ -55,6 +56,26 @@ def test_a_trial_that_was_cut_off_while_it_was_noted_is_trained_with_all_its_val
     assert tried == []
     begin(tmp_path, space)
     assert tried == [draw(space, 0, seed=0)]
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_trial_whose_run_was_deleted_has_its_value_and_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(run_id: str, *_: object) -> None:
+        mlflow.MlflowClient().log_metric(run_id, sweep.OBJECTIVE, 0.25)
+        mlflow.MlflowClient().set_tag(run_id, STATE, "finished")
+
+    monkeypatch.setattr(sweep, "_train", train)
+    space = read_space(["training.seed=0..1000000"])
+    (trained,) = begin(tmp_path, space).trials
+    assert (trained.state, trained.value) == ("finished", 0.25)
+    mlflow.delete_run(trained.run_id)
+    monkeypatch.setattr(sweep, "_train", lambda *_: pytest.fail("it has been trained"))
+    result = begin(tmp_path, space)
+    (told,) = result.trials
+    assert (told.run_id, told.state, told.value) == (trained.run_id, "deleted", 0.25)
+    assert mlflow.search_runs(experiment_names=[tmp_path.name]).run_id.tolist() == [result.run_id]
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import LifecycleStage, Run, ViewType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
@@ -23,13 +23,19 @@ def new_run(experiment_id: str, tags: Mapping[str, str], parent: str) -> str:
     return str(run_id)
 
 
-def trial_run(parent: TrackedRun, number: int) -> Run:
-    """Return the run of a sweep's trial, below the sweep's own; it is made where there is none."""
-    client = mlflow.MlflowClient()
+def find_trial(parent: TrackedRun, number: int, view: int = ViewType.ACTIVE_ONLY) -> Run | None:
+    """Return the run of a sweep's trial, below the sweep's own; None where there is none."""
     condition = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.id}' and tags.`{TRIAL}` = '{number}'"
-    found = client.search_runs([parent.experiment_id], condition, max_results=1)
-    if found:
-        return found[0]
+    found = mlflow.MlflowClient().search_runs([parent.experiment_id], condition, run_view_type=view)
+    # One that was deleted in the UI, and trained again, is there twice.
+    return min(found, key=lambda run: run.info.lifecycle_stage != LifecycleStage.ACTIVE, default=None)
+
+
+def trial_run(parent: TrackedRun, number: int) -> Run:
+    """Return the run of a sweep's trial, to be trained; it is made where there is none."""
+    if found := find_trial(parent, number):
+        return found
+    client = mlflow.MlflowClient()
     # With its tags at once: a process that is killed here leaves no run that belongs to nobody.
     tags = {MLFLOW_PARENT_RUN_ID: parent.id, TRIAL: str(number), KIND: "train", STATE: "running"}
     return client.create_run(parent.experiment_id, tags=tags)
