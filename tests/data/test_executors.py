@@ -29,7 +29,7 @@ def scheduler() -> Iterator[str]:
     """The address of a small cluster: two workers, each a process of its own."""
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1"
     ) as cluster:
         yield cluster.scheduler_address
 
@@ -81,6 +81,14 @@ def killed(number: int) -> int:
 def test_a_process_that_is_killed_is_not_waited_for(count: int) -> None:
     with pytest.raises(UserError, match=r"one of . processes was killed .* set data\.processes"):
         list(Processes(count).map(killed, range(20)))
+
+
+def test_no_process_is_left_when_all_is_done() -> None:
+    results = Processes(2).map(slow_square, range(20))
+    # Nobody asks whether there is one more.
+    workers = {next(results)[1] for _ in range(20)}
+    del results
+    assert not any(map(psutil.pid_exists, workers))
 
 
 def test_processes_end_with_whoever_began_them(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ class Processes:
                 "data.processes (--processes) lower, or close other programs, and begin again"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # What is under way is a few tasks. An iterator that is not asked for more than it has ends here, too.
+            pool.shutdown(cancel_futures=True)
 
 
 class Cluster:
