@@ -20,7 +20,6 @@ from typing import Any
 
 import optuna
 import psutil
-from mlflow.entities import LifecycleStage, ViewType
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState
 
@@ -29,7 +28,7 @@ from sonosco_mlflow.console import say
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.recipe import check_recipe
 from sonosco_mlflow.search_space import Space, as_text, check_space, combination, draw, grid_size
-from sonosco_mlflow.tracking.child_runs import find_trial, trial_run
+from sonosco_mlflow.tracking.child_runs import find_trial, is_deleted, trial_run
 from sonosco_mlflow.tracking.lease import Lease, condition
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun, folder_name
 from sonosco_mlflow.tracking.pipeline import locked
@@ -270,9 +269,9 @@ def _result(study: optuna.Study, plan: _Plan, parent: TrackedRun) -> SweepResult
     found = []
     for trial in study.get_trials(deepcopy=False):
         # What it gave is in the study, also where its run was deleted in the UI.
-        run = find_trial(parent, trial.number, ViewType.ALL)
+        run = find_trial(parent, trial.number, deleted_too=True)
         if run is not None:
-            state = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else condition(run)
+            state = "deleted" if is_deleted(run) else condition(run)
             settings = plan.settings(trial.number)
             found.append(TrialResult(trial.number, settings, run.info.run_id, state, trial.value))
     found.sort(key=lambda result: (math.inf if result.value is None else result.value, result.number))

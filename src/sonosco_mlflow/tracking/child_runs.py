@@ -23,12 +23,18 @@ def new_run(experiment_id: str, tags: Mapping[str, str], parent: str) -> str:
     return str(run_id)
 
 
-def find_trial(parent: TrackedRun, number: int, view: int = ViewType.ACTIVE_ONLY) -> Run | None:
+def is_deleted(run: Run) -> bool:
+    """Return whether somebody has deleted a run, in the UI for instance."""
+    return bool(run.info.lifecycle_stage == LifecycleStage.DELETED)
+
+
+def find_trial(parent: TrackedRun, number: int, deleted_too: bool = False) -> Run | None:
     """Return the run of a sweep's trial, below the sweep's own; None where there is none."""
+    view = ViewType.ALL if deleted_too else ViewType.ACTIVE_ONLY
     condition = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.id}' and tags.`{TRIAL}` = '{number}'"
     found = mlflow.MlflowClient().search_runs([parent.experiment_id], condition, run_view_type=view)
     # One that was deleted in the UI, and trained again, is there twice.
-    return min(found, key=lambda run: run.info.lifecycle_stage != LifecycleStage.ACTIVE, default=None)
+    return min(found, key=is_deleted, default=None)
 
 
 def trial_run(parent: TrackedRun, number: int) -> Run:
