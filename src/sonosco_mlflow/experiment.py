@@ -15,7 +15,6 @@ only the first of them differs:
 """
 
 import hashlib
-import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -43,7 +42,8 @@ from sonosco_mlflow.settings import flatten, plain_settings
 from sonosco_mlflow.tracking.language_model import kept_model_of
 from sonosco_mlflow.tracking.lease import Lease
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.mlflow_run import TrackedRun, folder_name
+from sonosco_mlflow.tracking.mlflow_run import TrackedRun
+from sonosco_mlflow.tracking.names import folder_name, require_setting_names
 from sonosco_mlflow.tracking.open_run import OpenRun
 from sonosco_mlflow.tracking.origin import Origin, data_digests
 from sonosco_mlflow.tracking.provenance import Provenance
@@ -60,9 +60,6 @@ from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
 
 C = TypeVar("C", bound=Callback)
-# Of a parameter in MLflow, behind the names of the sections that it is in.
-_NAME = re.compile(r"(?!\.\.?(/|$))[\w.\-: ]+(/(?!\.\.?(/|$))[\w.\-: ]+)*")
-_LONGEST_NAME = 250
 
 
 class Experiment:
@@ -411,12 +408,7 @@ class Experiment:
 def _keepable(config: Config | Mapping[str, object]) -> Config | Mapping[str, object]:
     settings = config.model_dump(mode="json") if isinstance(config, Config) else plain_settings(config)
     require_no_secrets(settings)
-    for name, _ in flatten(settings):
-        if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
-            raise UserError(
-                f"{name:.80}: MLflow keeps no setting of that name; expected letters, digits, '_', '-', ':' and "
-                f"spaces, or parts of these with '/' between, {_LONGEST_NAME} at most"
-            )
+    require_setting_names(settings)
     return config if isinstance(config, Config) else settings
 
 

@@ -18,6 +18,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
+from sonosco_mlflow.data.sounds import NO_SOUND
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import serializable
 
@@ -62,8 +63,7 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
     """
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
-        # Of a name that ends in .raw it wants to be told the rate, of one with a null character it is no OSError.
+    except NO_SOUND as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from error
     return resampled(torch.from_numpy(samples).mean(dim=1), rate, sample_rate)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sonosco_mlflow.data.features import files_digest
 from sonosco_mlflow.data.processor import read_audio, resampled
+from sonosco_mlflow.data.sounds import NO_SOUND
 from sonosco_mlflow.data.walking import files_below
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.parameters import serializable
@@ -180,7 +181,7 @@ class _KeptSounds:
 def _require_sound(path: Path, key: str) -> None:
     try:
         samples = soundfile.info(str(path)).frames
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+    except NO_SOUND as error:
         raise UserError(f"{key}: {path} cannot be read as audio ({error}); take it out of the folder") from error
     if samples <= 0:
         raise UserError(f"{key}: {path} holds no samples; take it out of the folder")

@@ -6,7 +6,6 @@ one is made. The launcher overwrites a run's status, so what became of a run als
 
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
@@ -59,16 +58,6 @@ LONGEST_TAG = 8000
 LARGEST_BATCH = 1000
 _EXPERIMENT = {"DVC_EXP_NAME": DVC_EXPERIMENT, "DVC_EXP_BASELINE_REV": DVC_BASELINE}
 _ADDRESSES = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_REPO_URL)
-
-
-def folder_name(name: str, run_id: str) -> str:
-    """Return what the folder of a run is called. A name in the UI may hold anything, a folder's may not.
-
-    >>> folder_name("../speech: small", "2f1c09aa")
-    '-speech- small-2f1c09'
-    """
-    safe = re.sub(r"[^\w. -]+", "-", name).strip(". ")[:100]
-    return f"{safe}-{run_id[:6]}"
 
 
 class TrackedRun:

@@ -82,6 +82,16 @@ def kaldi(names: list[str], extra: dict[str, str] | None = None) -> dict[str, by
     return {name: text.encode() for name, text in (files | (extra or {})).items()}
 
 
+def cut_from(scp: str, spans: dict[str, str]) -> dict[str, str]:
+    """The files of Kaldi's for segments of recordings; a speaker is what an id begins with."""
+    return {
+        "wav.scp": scp,
+        "segments": "".join(f"{name} {span}\n" for name, span in spans.items()),
+        "text": "".join(f"{name} said {name}\n" for name in spans),
+        "utt2spk": "".join(f"{name} {name.partition('-')[0]}\n" for name in spans),
+    }
+
+
 def write(corpus: str, names: list[str], path: Path, source: Path) -> None:
     match corpus:
         case "sonosco-csv":
@@ -289,12 +299,7 @@ def test_a_damaged_pack_of_cuts_is_named(tmp_path: Path, source: Path) -> None:
 def test_kaldis_segments_are_cut(tmp_path: Path, source: Path) -> None:
     spans = {"anna-1": "talk 0.5 0.75", "anna-2": "talk 1.5 -1", "bo-1": "talk 0 0.5 A", "bo-2": "talk 1.0 1.1"}
     directory = source / "data" / "train"
-    extra = {
-        "wav.scp": "talk wav/talk.flac\nunused wav/a0.wav\n",
-        "segments": "".join(f"{name} {span}\n" for name, span in spans.items()),
-        "text": "".join(f"{name} said {name}\n" for name in spans),
-        "utt2spk": "".join(f"{name} {name.partition('-')[0]}\n" for name in spans),
-    }
+    extra = cut_from("talk wav/talk.flac\nunused wav/a0.wav\n", spans)
     unpack(kaldi([], extra), directory)
     found = everything(bring_corpus("kaldi", tmp_path / "out", str(directory)))
     assert {name: utterance.duration for name, utterance in found.items()} == {
@@ -333,12 +338,7 @@ def test_kaldis_segments_may_be_of_one_channel(tmp_path: Path, source: Path) -> 
     both = np.stack([samples(1.0, seed=1), samples(1.0, seed=2)], axis=1)
     soundfile.write(source / "wav" / "call.wav", both, 16000, subtype="PCM_16")
     spans = {"a": "call 0 1 0", "b": "call 0 1 1", "c": "call 0 0.5 A", "d": "call 0 0.5 B"}
-    extra = {
-        "wav.scp": "call wav/call.wav\n",
-        "segments": "".join(f"{name} {span}\n" for name, span in spans.items()),
-        "text": "".join(f"{name} said {name}\n" for name in spans),
-        "utt2spk": "".join(f"{name} {name}\n" for name in spans),
-    }
+    extra = cut_from("call wav/call.wav\n", spans)
     unpack(kaldi([], extra), source)
     found = everything(bring_corpus("kaldi", tmp_path / "out", str(source)))
     for name, (channel, count) in {"a": (0, 16000), "b": (1, 16000), "c": (0, 8000), "d": (1, 8000)}.items():

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from sonosco_mlflow.data.sounds import NO_SOUND
 from sonosco_mlflow.errors import UserError
 
 Samples = npt.NDArray[np.int16]
@@ -88,7 +89,7 @@ def duration_of(path: Path) -> float:
     """
     try:
         header = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+    except NO_SOUND as error:
         raise UserError(f"{path}: cannot be read as audio ({error}).") from error
     if header.frames <= 0:
         raise UserError(f"{path}: holds no samples.")

@@ -84,7 +84,7 @@ def _read_segments(folder: Path, recordings: Collection[str]) -> dict[str, _Span
         try:
             recording, first, last, *channels = rest.split()
             start, end = float(first), float(last)
-            (channel,) = [_CHANNELS[name] if name in _CHANNELS else int(name) for name in channels] or (None,)
+            (channel,) = [_CHANNELS[one] if one in _CHANNELS else int(one) for one in channels] or (None,)
         except ValueError:
             recording, start, end, channel = "", math.nan, math.nan, None
         if not (math.isfinite(start) and math.isfinite(end)):

@@ -12,6 +12,7 @@ import soundfile
 from sonosco_mlflow.data.executors import Processes
 from sonosco_mlflow.data.manifest_tools.findings import Finding
 from sonosco_mlflow.data.manifest_tools.rows import numbered_rows
+from sonosco_mlflow.data.sounds import NO_SOUND
 
 SECONDS_OFF = 0.01
 """How far a row's duration may be from its recording's: what rounding to two digits does, and a little."""
@@ -86,8 +87,7 @@ def _look_at(task: _Task, expected: Expected) -> tuple[bytes, list[tuple[str, st
     try:
         with soundfile.SoundFile(task.path) as audio:
             return digest, [*_check_header(audio, task, expected), *_check_samples(audio, task.path)]
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-        # Of a name that ends in .raw it wants to be told the rate, and says so by a TypeError.
+    except NO_SOUND as error:
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
         return digest, [("audio", f"{task.path} cannot be read as audio ({reason.strip().rstrip('.')})")]
 
