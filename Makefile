@@ -79,9 +79,10 @@ clean:  ## remove the environment and everything built; data and runs stay
 	cp $< $@
 
 # Runs this working tree's code, from any folder, wherever the tree has been moved or copied to. The stages of DVC that
-# it starts look for `python` on PATH.
+# it starts look for `python` on PATH. Python in this environment imports that code, too: the .pth's path is relative to it.
 .venv/bin/sonosco: .venv/requirements.txt Makefile
-	@cat >$@ <<'EOF'
+	@echo ../../../../src >.venv/lib/python3.11/site-packages/sonosco-mlflow.pth
+	cat >$@ <<'EOF'
 	#!/bin/sh
 	root=$$(dirname -- "$$(dirname -- "$$(dirname -- "$$(readlink -f -- "$$0")")")")
 	unset PYTHONHOME

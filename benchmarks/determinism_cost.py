@@ -1,7 +1,7 @@
 """What determinism costs in training, as ratios measured side by side.
 
-    PYTHONPATH=src python benchmarks/determinism_cost.py                # one to five minutes, a Markdown table
-    PYTHONPATH=src python benchmarks/determinism_cost.py --seconds 20   # a shorter look
+    python benchmarks/determinism_cost.py                # one to five minutes, a Markdown table
+    python benchmarks/determinism_cost.py --seconds 20   # a shorter look
 
 Each round makes one training step under every setting, one right after another in this process and in an order that
 rotates, so that what else the machine does falls on all of them. A ratio is taken within a round; the table gives the

@@ -43,3 +43,11 @@ def test_the_example_trains_is_tracked_and_continues(project: Path) -> None:
     assert len(mlflow.MlflowClient().get_metric_history(run_id, "val_sentence_error_rate")) == 2
     assert {"val_loss", "val_word_error_rate", "val_character_error_rate", "train_loss"} <= run.data.metrics.keys()
     assert run.data.params["config.size"] == "64"
+
+
+@pytest.mark.skipif(Path(sys.prefix) != README.parent / ".venv", reason="the environment is another than make's")
+def test_python_in_makes_environment_finds_the_package_from_any_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", "import sonosco_mlflow; print(sonosco_mlflow.__file__)"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()) == README.parent / "src" / "sonosco_mlflow" / "__init__.py"
