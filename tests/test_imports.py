@@ -23,6 +23,7 @@ STOREYS = [
         "console",
         "text",
         "background",
+        "orphans",
         "serialization",
         "word_pieces",
         "vocabulary",

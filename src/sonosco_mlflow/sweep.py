@@ -29,10 +29,10 @@ from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.recipe import check_recipe
 from sonosco_mlflow.search_space import Space, as_text, check_space, combination, draw, grid_size
 from sonosco_mlflow.tracking.child_runs import find_trial, is_deleted, trial_run
+from sonosco_mlflow.tracking.file_lock import locked
 from sonosco_mlflow.tracking.lease import Lease, condition
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.names import folder_name
-from sonosco_mlflow.tracking.pipeline import locked
 from sonosco_mlflow.tracking.store import connect, find_run
 from sonosco_mlflow.tracking.tags import CODE_DIGEST, HOST
 

@@ -86,6 +86,60 @@ def test_a_killed_repro_leaves_nothing_that_another_does_not_finish(tmp_path: Pa
     assert run(["git", "status", "--porcelain"], project).stdout == ""
 
 
+def test_a_stage_that_has_outlived_its_dvc_is_waited_for_and_ends(tmp_path: Path) -> None:
+    """As where the system, short of memory, kills DVC and not the process that it waits for."""
+    project = make_project(tmp_path / "project")
+    run([*DVC, "repro", "dataset"], project)
+    undisturbed, lock = contents(project / "data"), (project / "dvc.lock").read_bytes()
+    run(["git", "clean", "--quiet", "-xdff"], project)
+    first = begin_repro(project)
+    stage = stage_at_work(project, "features")
+    stage.suspend()
+    try:
+        first.kill()
+        first.wait()
+        second = begin_repro(project)
+        assert second.stderr is not None
+        said = ""
+        while "another process is at it" not in said:
+            line = second.stderr.readline()
+            assert line, said
+            said += line
+        assert stage.is_running()
+    finally:
+        stage.resume()
+    said += second.communicate()[1]
+    first.communicate()
+    assert second.returncode == 0, said
+    assert not stage.is_running()
+    assert contents(project / "data") == undisturbed
+    assert (project / "dvc.lock").read_bytes() == lock
+
+
+def begin_repro(project: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*DVC, "repro", "dataset"],
+        cwd=project,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stage_at_work(project: Path, name: str) -> psutil.Process:
+    """Wait until DVC has a stage of that name run, and until it is at its work; return its process."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        for path in (project / ".sonosco" / "locks").glob(f"{name}@*.lock"):
+            for process in psutil.process_iter(["cmdline", "open_files"]):
+                if str(path) in {file.path for file in process.info["open_files"] or ()}:
+                    return process
+        time.sleep(0.01)
+    raise AssertionError(f"the stage {name} has not begun")
+
+
 def finish(project: Path) -> None:
     """Run `dvc repro` again, or, where it was killed while it wrote its own lock files, the command that mends them."""
     again = subprocess.run([*DVC, "repro", "dataset"], cwd=project, env=environment(), capture_output=True, text=True)

@@ -2,6 +2,8 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +32,7 @@ def corpus(
     params: Params = PARAMS,
 ) -> None:
     """Bring each corpus of the recipe, or one: its audio, and a list of utterances a split."""
-    from sonosco_mlflow.console import say, stage_progress
+    from sonosco_mlflow.console import say
     from sonosco_mlflow.data.stages import DataFolder, make_corpus
     from sonosco_mlflow.tracking.pipeline import require_watched
 
@@ -40,9 +42,9 @@ def corpus(
     config = read_recipe(context, settings, params, {key: text for key, text in given.items() if text is not None})
     for chosen in _corpora(config, name):
         # By hand, nobody relies on being told when it is to be made again.
-        if "DVC_STAGE" in os.environ:
+        if _inside_dvc():
             require_watched(config, chosen, Path())
-        with stage_progress() as progress:
+        with _stage(f"corpus@{chosen}") as progress:
             unusable = make_corpus(config, chosen, DataFolder(into), progress)
         if unusable:
             say(
@@ -56,12 +58,12 @@ def manifests(
     context: typer.Context, name: Name = None, into: Into = DATA, settings: Set = None, params: Params = PARAMS
 ) -> None:
     """Write the manifests of each corpus, without what the recipe skips (data.skip)."""
-    from sonosco_mlflow.console import say, stage_progress
+    from sonosco_mlflow.console import say
     from sonosco_mlflow.data.stages import DataFolder, make_manifests
 
     config, folder = read_recipe(context, settings, params), DataFolder(into)
     for chosen in _corpora(config, name):
-        with stage_progress() as progress:
+        with _stage(f"manifests@{chosen}") as progress:
             skipped = make_manifests(config, chosen, folder, progress)
         if skipped:
             rows = len({(finding.manifest, finding.line) for finding in skipped})
@@ -74,12 +76,11 @@ def features(
     context: typer.Context, name: Name = None, into: Into = DATA, settings: Set = None, params: Params = PARAMS
 ) -> None:
     """Extract the features of every split of each corpus."""
-    from sonosco_mlflow.console import stage_progress
     from sonosco_mlflow.data.stages import DataFolder, make_features
 
     config = read_recipe(context, settings, params)
     for chosen in _corpora(config, name):
-        with stage_progress() as progress:
+        with _stage(f"features@{chosen}") as progress:
             make_features(config, chosen, DataFolder(into), progress)
 
 
@@ -90,9 +91,27 @@ def dataset(context: typer.Context, into: Into = DATA, settings: Set = None, par
     from sonosco_mlflow.tracking.data_lock import remove_former
 
     config = read_recipe(context, settings, params)
-    if "DVC_STAGE" in os.environ:
-        remove_former(config, Path())
-    make_dataset(config, DataFolder(into))
+    with _stage("dataset"):
+        if _inside_dvc():
+            remove_former(config, Path())
+        make_dataset(config, DataFolder(into))
+
+
+def _inside_dvc() -> bool:
+    return "DVC_STAGE" in os.environ
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of a stage; inside DVC, end with it, and wait for what an earlier one has left behind."""
+    from sonosco_mlflow.console import say, stage_progress
+    from sonosco_mlflow.tracking.file_lock import stage_of_dvc
+
+    def waits() -> None:
+        say(f"{name}: another process is at it; waiting until it has ended")
+
+    with stage_of_dvc(name, Path(), waits) if _inside_dvc() else nullcontext(), stage_progress() as progress:
+        yield progress
 
 
 def _checks(findings: list[Finding]) -> str:

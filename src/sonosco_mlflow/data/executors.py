@@ -7,11 +7,8 @@ Whoever has tasks says what is to be done with one, and gets the results in the 
 """
 
 import multiprocessing
-import os
 import signal
 import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,13 +17,13 @@ from importlib import import_module
 from typing import Protocol, TypeVar
 
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.orphans import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 # Tasks that are out for each worker: so many keep it busy.
 _WAITING_FOR_EACH = 4
-_SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_FOR_A_WORKER = 60
 
 
@@ -133,16 +130,10 @@ def _start_worker() -> None:
     # An interrupt is for the parent, which then ends its workers; where it has been killed it cannot.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     # It takes seconds to import, and tasks that need it have had it imported in the parent.
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
 
 
 def _on_one_thread(function: Callable[[Task], Result], task: Task) -> Result:

@@ -6,15 +6,14 @@ workspace of its own under ``.sonosco/data/<digest of the data recipe>``, with t
 that what is equal is made once, and the same remotes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.sections import Corpus
 from sonosco_mlflow.tracking.data_lock import CORPUS_STAGES, LAST_STAGE
+from sonosco_mlflow.tracking.file_lock import locked
 
 STAGE_MESSAGE = "sonosco: "
 
@@ -129,15 +129,6 @@ def _local_source(corpus: Corpus, project: Path) -> Path | None:
 def workspace_locked(workspace: Path, project: Path) -> AbstractContextManager[None]:
     """Keep other processes from changing ``workspace`` meanwhile."""
     return locked(project / ".sonosco" / "locks" / f"data-{workspace.name}.lock")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes: DVC's own does not outlive a killed parent whose stage goes on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _is_own_recipe(config: Config, project: Path) -> bool:

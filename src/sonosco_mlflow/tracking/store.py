@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.pipeline import locked
+from sonosco_mlflow.tracking.file_lock import locked
 from sonosco_mlflow.tracking.secrecy import without_secrets
 
 _COPIES = (".dvc", "tmp", "exps")
