@@ -89,8 +89,8 @@ class Cluster:
             distributed = import_module("distributed")
         except ImportError as error:
             raise UserError(
-                f"data.cluster: found '{self.address}', but dask.distributed is not installed; install "
-                "'sonosco-mlflow[cluster]'"
+                f"data.cluster: found '{self.address}', but dask.distributed is not installed: `uv pip install "
+                "distributed`, or the extra 'cluster'"
             ) from error
         try:
             client = distributed.Client(self.address, set_as_default=False, timeout=10)
