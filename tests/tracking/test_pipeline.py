@@ -12,7 +12,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.text import CharacterTokenizer
 from sonosco_mlflow.tracking.data_lock import lock_text, stage_outputs
 from sonosco_mlflow.tracking.lineage import DataLineage
-from sonosco_mlflow.tracking.pipeline import make_private, prepare_data, ready_data, remotes
+from sonosco_mlflow.tracking.pipeline import make_private, prepare_data, ready_data, remotes, require_watched
 from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.vocabulary import read_tokenizer
 from sonosco_mlflow.word_pieces import WordPieceTokenizer
@@ -154,6 +154,16 @@ def test_a_source_that_dvc_does_not_watch_is_refused(project: Path, tmp_path: Pa
     before = DataLineage.of_folder(made).digest
     change_a_sample(copy / "others" / "tone-005.wav")
     assert DataLineage.of_folder(prepare_data(recipe(copy), copy)).digest != before
+
+
+def test_a_source_is_watched_with_the_folder_that_it_lies_in(tmp_path: Path) -> None:
+    config = Config.resolve({"data": {"corpora": {"an4": {"kind": "an4", "source": "archives/an4.tar.gz"}}}}, {})
+    for dependency in ("archives", "archives/an4.tar.gz"):
+        (tmp_path / "dvc.yaml").write_text(f"stages: {{corpus: {{do: {{deps: [{dependency}]}}}}}}")
+        require_watched(config, "an4", tmp_path)
+    (tmp_path / "dvc.yaml").write_text("stages: {corpus: {do: {deps: [archives/an4.tar]}}}")
+    with pytest.raises(UserError, match=r"does not name 'archives/an4\.tar\.gz' among its deps"):
+        require_watched(config, "an4", tmp_path)
 
 
 def test_without_a_pipeline_there_is_a_message(tmp_path: Path) -> None:

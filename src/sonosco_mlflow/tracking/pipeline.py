@@ -106,7 +106,7 @@ def require_watched(config: Config, name: str, project: Path) -> None:
     stages = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     stage = stages.get(f"corpus-{name}") or stages["corpus"]
     named = [path.replace("${item.source}", str(corpus.source)) for path in _commands(stage)["deps"]]
-    if source not in {(project / path).resolve() for path in named}:
+    if not {source, *source.parents} & {(project / path).resolve() for path in named}:
         raise UserError(
             f"{project / 'dvc.yaml'}: the stage corpus does not name '{corpus.source}' among its deps, and DVC would "
             f"not see a changed recording; add the line `- {corpus.source}` to them, or, where every corpus has a "
