@@ -24,6 +24,7 @@ STOREYS = [
         "text",
         "background",
         "orphans",
+        "digests",
         "serialization",
         "word_pieces",
         "vocabulary",

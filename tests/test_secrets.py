@@ -16,7 +16,7 @@ from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.runs import bring_data
 from sonosco_mlflow.runs import train as train_recipe
-from sonosco_mlflow.tracking.code_snapshot import unpack
+from sonosco_mlflow.tracking.code_archive import unpack
 from sonosco_mlflow.tracking.store import find_run
 from sonosco_mlflow.training.callbacks import Callback
 from sonosco_mlflow.training.trainer import ModelTrainer

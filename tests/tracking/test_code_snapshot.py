@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking import code_snapshot
-from sonosco_mlflow.tracking.code_snapshot import archive_digest, snapshot_code, unpack
+from sonosco_mlflow.tracking.code_archive import unpack
+from sonosco_mlflow.tracking.code_snapshot import archive_digest, snapshot_code
 from sonosco_mlflow.tracking.imported_code import ImportedCode
 from sonosco_mlflow.tracking.secrecy import is_secret, without_secrets
 
@@ -173,7 +175,7 @@ def test_credentials_do_not_leave(repository: Path) -> None:
 
 
 def test_a_large_file_is_listed_with_its_digest(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("code_snapshot", "repository"):
+    for module in ("code_archive", "repository"):
         monkeypatch.setattr(f"sonosco_mlflow.tracking.{module}.LARGEST_FILE", 100)
     large = repository / "large.bin"
     large.write_bytes(bytes(101))
@@ -187,6 +189,15 @@ def test_a_large_file_is_listed_with_its_digest(repository: Path, monkeypatch: p
     gone = snapshot_code(repository)
     assert gone.patch == b""
     assert gone.unpatched == ["large.bin"]
+
+
+def test_much_that_is_no_code_is_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"one.wav": 40_000, "two.wav": 30_000}.items():
+        (repository / name).write_bytes(random.Random(0).randbytes(size))
+    snapshot_code(repository)
+    monkeypatch.setattr("sonosco_mlflow.tracking.code_snapshot._REMARKABLE_BYTES", 65_000)
+    with pytest.warns(UserWarning, match=r"takes 0\.1 MB, of that most one\.wav \(0\.0 MB\), two\.wav \(0\.0 MB\), "):
+        snapshot_code(repository)
 
 
 # ---------------------------------------------------------------------- there and back

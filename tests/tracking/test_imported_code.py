@@ -23,7 +23,8 @@ from sonosco_mlflow.tracking.imported_code import ImportedCode
 REPORT = """
 import json, sys
 from pathlib import Path
-from sonosco_mlflow.tracking.code_snapshot import archived_files, imported_since, snapshot_code
+from sonosco_mlflow.tracking.code_archive import archived_files
+from sonosco_mlflow.tracking.code_snapshot import imported_since, snapshot_code
 from sonosco_mlflow.tracking.origin import Command
 
 snapshot = snapshot_code(Path(sys.argv[1]))

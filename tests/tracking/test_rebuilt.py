@@ -14,7 +14,7 @@ from sonosco_mlflow.tracking.segments import Segment
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project below the root of its repository, with a file that is too large for a snapshot."""
-    for module in ("code_snapshot", "repository"):
+    for module in ("code_archive", "repository"):
         monkeypatch.setattr(f"sonosco_mlflow.tracking.{module}.LARGEST_FILE", 1_000_000)
     root = tmp_path / "repository"
     (root / "sub").mkdir(parents=True)

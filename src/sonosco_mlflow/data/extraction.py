@@ -19,11 +19,12 @@ import numpy.typing as npt
 import torch
 import torchaudio
 
-from sonosco_mlflow.data.corpora.base import file_digest, some
+from sonosco_mlflow.data.corpora.base import some
 from sonosco_mlflow.data.executors import Executor, Processes
 from sonosco_mlflow.data.features import INDEX, FeatureStore, shard_name
 from sonosco_mlflow.data.manifest import Manifest, Utterance
 from sonosco_mlflow.data.processor import AudioDataProcessor
+from sonosco_mlflow.digests import file_digest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.serialization.serializer import Serializer
 

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.settings import flatten
-from sonosco_mlflow.tracking.code_snapshot import archived_contents, archived_files, is_code
+from sonosco_mlflow.tracking.code_archive import archived_contents, archived_files
+from sonosco_mlflow.tracking.code_snapshot import is_code
 from sonosco_mlflow.tracking.environment import Environment
 from sonosco_mlflow.tracking.kept_data import KeptData, kept_data_changes
 from sonosco_mlflow.tracking.segments import Segment

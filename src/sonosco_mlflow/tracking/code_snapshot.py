@@ -9,18 +9,16 @@ Code that was imported from elsewhere is in it too (:mod:`.imported_code`).
 """
 
 import hashlib
-import io
 import json
 import os
 import re
-import stat
 import warnings
-import zipfile
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.digests import file_digest
+from sonosco_mlflow.tracking.code_archive import Packing, archived_files, largest_files
 from sonosco_mlflow.tracking.imported_code import (
     CODE,
     ImportedCode,
@@ -30,25 +28,24 @@ from sonosco_mlflow.tracking.imported_code import (
     is_the_programs,
 )
 from sonosco_mlflow.tracking.repository import (
-    LARGEST_FILE,
     changed_files,
     listed_files,
     patch_of,
     repository_of,
     submodules,
 )
-from sonosco_mlflow.tracking.secrecy import is_secret, without_secrets
+from sonosco_mlflow.tracking.secrecy import without_secrets
 
 # The recipe and the data have digests of their own: a run with other parameters does not run other code.
 _RECIPE = frozenset({"params.yaml", "dvc.lock"})
 # Where the output of a command is often led, of this one as well.
 _LOGS = frozenset({".log", ".out"})
+# Code alone seldom takes as much.
+_REMARKABLE_BYTES = 32 * 1024 * 1024
 # What runs write beside the code, where git is not told to ignore it.
 _OUTPUT = frozenset({"mlruns", "mlartifacts", ".sonosco"})
 _BESIDE_DATABASES = ("", "-journal", "-wal", "-shm", ".lock")
 _RUN_FOLDER = re.compile(r".+-[0-9a-f]{6}")
-# A fixed date: the archive's bytes are to depend on the files alone.
-_ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -177,10 +174,17 @@ def is_code(name: str, names: Container[str]) -> bool:
 
 
 def _packed(root: Path, imported: ImportedCode, listed: Mapping[str, Path]) -> CodeSnapshot:
-    packed = _Packing({**imported.files, **listed})
+    packed = Packing({**imported.files, **listed})
     if packed.withheld:
         warnings.warn(
             f"left out of the run's code, because they look like secrets: {', '.join(packed.withheld)}", stacklevel=3
+        )
+    if len(packed.archive) > _REMARKABLE_BYTES:
+        most = ", ".join(f"{name} ({_megabytes(size)})" for name, size in largest_files(packed.archive, 3).items())
+        warnings.warn(
+            f"the run's code takes {_megabytes(len(packed.archive))}, of that most {most}; each run keeps it. Have git "
+            "ignore what is no code",
+            stacklevel=3,
         )
     return CodeSnapshot(
         root=root,
@@ -191,6 +195,10 @@ def _packed(root: Path, imported: ImportedCode, listed: Mapping[str, Path]) -> C
         left_out=packed.left_out,
         withheld=packed.withheld,
     )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
 
 
 def imported_since(snapshot: CodeSnapshot) -> list[Path]:
@@ -206,90 +214,6 @@ def imported_since(snapshot: CodeSnapshot) -> list[Path]:
     # Of a link the snapshot has where it leads to.
     links = {path for path in known if path.is_symlink()}
     return sorted(missing | {path for path in late - links if known.get(path) != file_digest(path)})
-
-
-def unpack(archive: bytes, folder: Path) -> None:
-    """Write the files of a snapshot into ``folder``, which is made; modes and links are what they were.
-
-    Raises:
-        UserError: a file of the archive would lie outside of ``folder``.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    root = folder.resolve()
-    links = {}
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        for entry in files.infolist():
-            path = _place(root, _name(entry))
-            mode = entry.external_attr >> 16
-            if stat.S_ISLNK(mode):
-                links[_name(entry)] = os.fsdecode(files.read(entry))
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(files.read(entry))
-            path.chmod(stat.S_IMODE(mode))
-    # Last: no file is written through a link.
-    for name, target in links.items():
-        # Once more: one that stands by now may lead out of the folder.
-        path = _place(root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(target)
-
-
-def _place(root: Path, name: str) -> Path:
-    """Return where a file of a snapshot belongs, inside of ``root``."""
-    path = root / name
-    if not path.resolve().is_relative_to(root):
-        raise UserError(f"the code snapshot names '{name}', which leaves its folder; it was not made by us")
-    return path
-
-
-class _Packing:
-    """Files packed into an archive under their names; ``entries`` has the mode and sha256 of each."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.left_out: dict[str, tuple[int, str]] = {}
-        self.withheld: list[str] = []
-        self.entries: dict[str, tuple[int, str]] = {}
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, path in sorted(files.items()):
-                # Deleted and not committed; or a submodule, whose commit is part of the repository's own.
-                if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
-                    continue
-                if is_secret(path):
-                    self.withheld.append(name)
-                    # A program with a token in it is code all the same; its digest gives nothing away.
-                    if path.suffix in CODE:
-                        self.entries[name] = self.left_out[name] = _kind(path), file_digest(path)
-                    continue
-                self.entries[name] = self._add(archive, path, name)
-        self.archive = buffer.getvalue()
-
-    def _add(self, archive: zipfile.ZipFile, path: Path, name: str) -> tuple[int, str]:
-        kind = _kind(path)
-        if path.lstat().st_size > LARGEST_FILE:
-            self.left_out[name] = kind, file_digest(path)
-            return self.left_out[name]
-        content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
-        entry = zipfile.ZipInfo(os.fsencode(name).decode(errors="backslashreplace"), _ARCHIVE_DATE)
-        # Of a name that is not UTF-8 the archive can have an image only.
-        entry.comment = b"" if entry.filename == name else os.fsencode(name)
-        entry.external_attr = kind << 16
-        entry.compress_type = zipfile.ZIP_DEFLATED
-        archive.writestr(entry, content)
-        return kind, hashlib.sha256(content).hexdigest()
-
-
-def _kind(path: Path) -> int:
-    """Return of a file's mode what counts: which kind of file it is, and the executable bit, as in git."""
-    mode = path.lstat().st_mode
-    return stat.S_IFMT(mode) | (0o755 if mode & stat.S_IXUSR else 0o644)
-
-
-def file_digest(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file, which is read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def archive_digest(archive: bytes, left_out: Mapping[str, tuple[int, str]], *, imported: bool = False) -> str:
@@ -313,25 +237,6 @@ def imported_digests(archive: bytes, other: bytes) -> tuple[str, str]:
 
 def _top(name: str) -> str:
     return "/".join(name.split("/")[:2])
-
-
-def archived_files(archive: bytes) -> dict[str, tuple[int, str]]:
-    """Return mode and sha256 of each file in an archive."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        return {
-            _name(entry): (entry.external_attr >> 16, hashlib.sha256(files.read(entry)).hexdigest())
-            for entry in files.infolist()
-        }
-
-
-def archived_contents(archive: bytes) -> dict[str, tuple[int, bytes]]:
-    """Return mode and content of each file in an archive."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        return {_name(entry): (entry.external_attr >> 16, files.read(entry)) for entry in files.infolist()}
-
-
-def _name(entry: zipfile.ZipInfo) -> str:
-    return os.fsdecode(entry.comment) if entry.comment else entry.filename
 
 
 def _digest(entries: Mapping[str, tuple[int, str]], *, imported: bool = False) -> str:

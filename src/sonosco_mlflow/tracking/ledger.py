@@ -19,8 +19,8 @@ from pathlib import Path
 import mlflow
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from sonosco_mlflow.digests import file_digest
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.tracking.code_snapshot import file_digest
 from sonosco_mlflow.tracking.store import artifact_bytes, models_of
 
 LEDGER = "ledger.json"

@@ -18,9 +18,10 @@ import git
 
 from sonosco_mlflow.console import say
 from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.digests import file_digest
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.settings import settings_yaml
-from sonosco_mlflow.tracking.code_snapshot import file_digest, unpack
+from sonosco_mlflow.tracking.code_archive import unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
 from sonosco_mlflow.tracking.language_model import require_language_model
 from sonosco_mlflow.tracking.origin import Command

@@ -8,7 +8,6 @@ whole: they go first and are written last, so that what a killed process left is
 0.08
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from sonosco_mlflow.data.corpora.splits import SPLITS, Parts, check_parts
 from sonosco_mlflow.data.corpora.splitting import cut_missing
 from sonosco_mlflow.data.corpora.unusable import Unusable, list_of, set_aside, without_unusable
 from sonosco_mlflow.data.manifest import Manifest, Utterance
+from sonosco_mlflow.digests import file_digest
 from sonosco_mlflow.errors import UserError, nearest
 
 _MODULES = {
@@ -226,12 +226,6 @@ def changed_audio(directory: Path) -> list[str]:
     lines = noted.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     entries = [line.partition("  ") for line in lines if line]
     return [name for digest, _, name in entries if not Path(name).is_file() or file_digest(Path(name)) != digest]
-
-
-def file_digest(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _clear(directory: Path) -> None:
