@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch.nn import functional
 
@@ -23,14 +24,27 @@ def test_loss_is_the_mean_over_utterances_of_ctc_per_token(build: Callable[..., 
     torch.testing.assert_close(output.logits.exp().sum(dim=-1), torch.ones(output.logits.shape[:2]))
 
 
-def test_an_utterance_with_too_few_frames_gives_no_gradient(build: Callable[..., DeepSpeech2]) -> None:
-    tokens = torch.full((20,), 6)
-    short = collate([Sample("0", "", torch.randn(40, 80), tokens)])
+def of_ten_frames(name: str, tokens: list[int]) -> Sample:
+    """An utterance of which the encoder makes ten frames."""
+    return Sample(name, "", torch.randn(40, 80), torch.tensor(tokens))
+
+
+def test_an_utterance_with_too_few_frames_gives_no_gradient_and_is_named(build: Callable[..., DeepSpeech2]) -> None:
+    """Between equal tokens there is a blank: six of them need eleven frames."""
     model = build("deepspeech2")
-    output = model(short)
+    with pytest.warns(UserWarning, match="^short: too few frames for its text"):
+        output = model(collate([of_ten_frames("short", [6] * 6)]))
     output.loss.backward()
     assert output.loss == 0.0
     assert all(parameter.grad is not None and parameter.grad.count_nonzero() == 0 for parameter in model.parameters())
+
+
+def test_utterances_with_just_enough_frames_are_learnt_from_in_silence(build: Callable[..., DeepSpeech2]) -> None:
+    enough = [of_ten_frames("0", [6, 7] * 5), of_ten_frames("1", [6] * 5), of_ten_frames("2", [])]
+    output = build("deepspeech2")(collate(enough))
+    assert output.lengths.tolist() == [10, 10, 10]
+    assert output.loss > 0
+    assert build("deepspeech2")(collate(enough[2:])).loss > 0
 
 
 def test_posteriors_have_a_row_for_each_encoder_frame(build: Callable[..., DeepSpeech2], batch: Batch) -> None:

@@ -1,5 +1,6 @@
 """What every CTC model shares: loss and decoding. Such a model says what it hears in each frame, and no more."""
 
+import warnings
 from abc import abstractmethod
 
 import torch
@@ -15,15 +16,29 @@ from sonosco_mlflow.models.base import Hypothesis, ModelOutput, SpeechModel
 def ctc_loss(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
     """Return the mean over utterances of each one's negative log-likelihood per token, summed over alignments.
 
-    An utterance with too few frames for its tokens counts as 0 and gives no gradient.
+    An utterance with too few frames for its tokens counts as 0 and gives no gradient; a warning names it.
 
     Args:
         log_probs: ``[batch, frames, vocabulary]``.
         lengths: ``[batch]``, frames of each utterance.
         batch: what was said in it.
     """
+    _warn_of_impossible(lengths.cpu(), batch)
     likelihoods = ctc_log_likelihood(log_probs, lengths, batch.tokens, batch.token_lengths, impossible_as_zero=True)
     return -(likelihoods / batch.token_lengths.cpu().clamp_min(1)).mean().to(log_probs.device)
+
+
+def _warn_of_impossible(lengths: Tensor, batch: Batch) -> None:
+    tokens, counts = batch.tokens.cpu(), batch.token_lengths.cpu()
+    # Between two equal tokens a blank has to be heard.
+    repeated = (tokens[:, 1:] == tokens[:, :-1]) & (torch.arange(tokens.shape[1])[1:] < counts[:, None])
+    for place in (counts + repeated.sum(1) > lengths).nonzero().flatten().tolist():
+        # Python says the same of the same utterance once.
+        warnings.warn(
+            f"{batch.ids[place]}: too few frames for its text, so CTC learns nothing of it; is it the right text? "
+            "`sonosco manifest filter --max-rate` takes such rows out",
+            stacklevel=3,
+        )
 
 
 class CTCModel(SpeechModel):
