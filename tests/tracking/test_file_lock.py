@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from sonosco_mlflow.tracking.file_lock import locked
 
@@ -26,22 +27,31 @@ stage.wait()
 """
 
 
-def test_a_stage_ends_with_the_process_that_has_started_it_and_another_that_waits_goes_on(tmp_path: Path) -> None:
+class HadToWait(Exception):
+    pass
+
+
+def refuse() -> None:
+    raise HadToWait
+
+
+def test_a_stage_ends_with_the_process_that_has_started_it_and_another_goes_on(tmp_path: Path) -> None:
+    lock = tmp_path / ".sonosco" / "locks" / "features@tones.lock"
     command = [sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path)]
     with subprocess.Popen(command, env={"PYTHONPATH": SOURCES}, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         stage = psutil.Process(int(parent.stdout.readline()))
         assert parent.stdout.readline() == "held\n"
+        with pytest.raises(HadToWait), locked(lock, refuse):
+            pass
         parent.kill()
-    calls: list[str] = []
     began = time.monotonic()
-    with locked(tmp_path / ".sonosco" / "locks" / "features@tones.lock", lambda: calls.append("waits")):
-        assert calls == ["waits"]
+    with locked(lock):
         assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
     assert time.monotonic() - began < 30
 
 
 def test_who_finds_a_lock_free_is_not_told_to_wait(tmp_path: Path) -> None:
     for _ in range(2):
-        with locked(tmp_path / "new" / "file.lock", lambda: 1 / 0):
+        with locked(tmp_path / "new" / "file.lock", refuse):
             pass
