@@ -5,7 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from sonosco_mlflow.tracking.file_lock import locked
@@ -21,9 +20,7 @@ with stage_of_dvc("features@tones", Path(sys.argv[1]), lambda: None):
 """
 STARTS_AND_WAITS = f"""
 import subprocess, sys
-stage = subprocess.Popen([sys.executable, "-c", {HOLDS!r}, sys.argv[1]])
-print(stage.pid, flush=True)
-stage.wait()
+subprocess.run([sys.executable, "-c", {HOLDS!r}, sys.argv[1]])
 """
 
 
@@ -40,14 +37,14 @@ def test_a_stage_ends_with_the_process_that_has_started_it_and_another_goes_on(t
     command = [sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path)]
     with subprocess.Popen(command, env={"PYTHONPATH": SOURCES}, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        stage = psutil.Process(int(parent.stdout.readline()))
         assert parent.stdout.readline() == "held\n"
         with pytest.raises(HadToWait), locked(lock, refuse):
             pass
         parent.kill()
     began = time.monotonic()
     with locked(lock):
-        assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
+        pass
+    # By itself it would have let go after a minute.
     assert time.monotonic() - began < 30
 
 
