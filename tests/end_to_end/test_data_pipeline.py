@@ -111,7 +111,7 @@ def test_a_stage_that_has_outlived_its_dvc_is_waited_for_and_ends(tmp_path: Path
     said += second.communicate()[1]
     first.communicate()
     assert second.returncode == 0, said
-    assert not stage.is_running()
+    assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
     assert contents(project / "data") == undisturbed
     assert (project / "dvc.lock").read_bytes() == lock
 
