@@ -98,7 +98,7 @@ def test_a_stage_that_has_outlived_its_dvc_is_waited_for_and_ends(tmp_path: Path
     try:
         first.kill()
         first.wait()
-        second = begin_repro(project)
+        second = begin_repro(project, subprocess.PIPE)
         assert second.stderr is not None
         said = ""
         while "another process is at it" not in said:
@@ -109,21 +109,20 @@ def test_a_stage_that_has_outlived_its_dvc_is_waited_for_and_ends(tmp_path: Path
     finally:
         stage.resume()
     said += second.communicate()[1]
-    first.communicate()
     assert second.returncode == 0, said
     assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
     assert contents(project / "data") == undisturbed
     assert (project / "dvc.lock").read_bytes() == lock
 
 
-def begin_repro(project: Path) -> "subprocess.Popen[str]":
+def begin_repro(project: Path, stderr: int = subprocess.DEVNULL) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [*DVC, "repro", "dataset"],
         cwd=project,
         env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -150,14 +149,7 @@ def finish(project: Path) -> None:
 
 def killed_after(project: Path, seconds: float) -> bool:
     """Kill a `dvc repro` of the data, and all that it had started, after so long; return whether it was under way."""
-    process = subprocess.Popen(
-        [*DVC, "repro", "dataset"],
-        cwd=project,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = begin_repro(project)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
