@@ -78,18 +78,23 @@ clean:  ## remove the environment and everything built; data and runs stay
 	"$$uv" pip install --python .venv/bin/python --no-deps --reinstall --requirement $<
 	cp $< $@
 
-# Runs this working tree's code, from any folder, wherever the tree has been moved or copied to. The stages of DVC that
-# it starts look for `python` on PATH. Python in this environment imports that code, too: the .pth's path is relative to it.
+# They run this working tree's code, from any folder, wherever the tree has been moved or copied to. The stages of DVC
+# look for `python` on PATH. DVC's own command refuses to begin with what a killed one has cut short; this one does not.
+# Python in this environment imports that code, too: the .pth's path is relative to it.
 .venv/bin/sonosco: .venv/requirements.txt Makefile
 	@echo ../../../../src >.venv/lib/python3.11/site-packages/sonosco-mlflow.pth
-	cat >$@ <<'EOF'
-	#!/bin/sh
-	root=$$(dirname -- "$$(dirname -- "$$(dirname -- "$$(readlink -f -- "$$0")")")")
-	unset PYTHONHOME
-	export PATH="$$root/.venv/bin:$$PATH" PYTHONPATH="$$root/src"
-	exec python -P -m sonosco_mlflow "$$@"
-	EOF
-	chmod +x $@
+	for command in dvc=sonosco_mlflow.tracking.dvc_command sonosco=sonosco_mlflow; do
+	    launcher=.venv/bin/$${command%=*}
+	    rm -f $$launcher
+	    cat >$$launcher <<-EOF
+		#!/bin/sh
+		root=\$$(dirname -- "\$$(dirname -- "\$$(dirname -- "\$$(readlink -f -- "\$$0")")")")
+		unset PYTHONHOME
+		export PATH="\$$root/.venv/bin:\$$PATH" PYTHONPATH="\$$root/src"
+		exec python -P -m $${command#*=} "\$$@"
+		EOF
+	    chmod +x $$launcher
+	done
 
 # Sets $python to an interpreter, past every shim; a shim that leads to another version, or to none, is passed over.
 # pyenv's own come first: a plain `mlflow run .` has pyenv bring, or else compile, the patch release that launches it.

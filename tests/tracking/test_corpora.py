@@ -28,10 +28,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_project(tmp_path_factory.mktemp("corpora") / "project")
 
 
-def make(project: Path, *names: str) -> DataFolder:
-    """Bring the project's data, of corpora with these names that are all the same recordings."""
+def make(project: Path, *names: str, **others: dict[str, object]) -> DataFolder:
+    """Bring the project's data, of corpora with these names that are all the same recordings, and of ``others``."""
     recipe = YAML(typ="safe").load((project / "params.yaml").read_text())
-    recipe["data"]["corpora"] = {name: {"kind": "folder", "source": "tones", "parts": {}} for name in names}
+    recipe["data"]["corpora"] = {name: {"kind": "folder", "source": "tones", "parts": {}} for name in names} | others
     with (project / "params.yaml").open("w") as file:
         YAML().dump(recipe, file)
     return prepare_data(Config.load(project / "params.yaml"), project)
@@ -75,6 +75,37 @@ def test_a_corpus_that_is_added_runs_its_own_stages_only(project: Path, capfd: p
     make(project, "tones", "more")
     assert "of more" not in capfd.readouterr().err
     assert DataLineage.of_folder(folder).digest == both.digest
+
+
+def test_a_corpus_beside_one_that_needs_no_source_runs_its_own_stages_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    project = make_project(tmp_path / "project")
+    stages = YAML().load((project / "dvc.yaml").read_text())
+    stages["stages"]["corpus"]["do"]["deps"][-1] = "sources/${key}"
+    with (project / "dvc.yaml").open("w") as file:
+        YAML().dump(stages, file)
+    (project / "sources" / "default").mkdir(parents=True)
+    (project / "sources" / "default" / ".gitkeep").touch()
+    (project / "sources" / "tones").symlink_to(tmp_path / "recordings")
+    shutil.copytree(project / "tones", tmp_path / "recordings")
+    default = {"kind": "default", "parts": {}}
+    folder = make(project, default=default)
+    before = written(folder, "default")
+    capfd.readouterr()
+
+    own = {"kind": "folder", "source": "sources/tones", "parts": {}}
+    assert make(project, default=default, tones=own) == folder
+    assert "default" not in capfd.readouterr().err
+    assert written(folder, "default") == before
+    more = next((tmp_path / "recordings").glob("*.wav"))
+    shutil.copy(more, more.with_name("more.wav"))
+    shutil.copy(more.with_suffix(".txt"), more.with_name("more.txt"))
+    make(project, default=default, tones=own)
+    said = capfd.readouterr().err
+    assert "features of tones, train" in said
+    assert "default" not in said
+    assert written(folder, "default") == before
 
 
 def test_training_sees_all_of_them(project: Path) -> None:

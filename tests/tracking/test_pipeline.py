@@ -158,8 +158,8 @@ def test_a_source_that_dvc_does_not_watch_is_refused(project: Path, tmp_path: Pa
 
 def test_a_source_is_watched_with_the_folder_that_it_lies_in(tmp_path: Path) -> None:
     config = Config.resolve({"data": {"corpora": {"an4": {"kind": "an4", "source": "archives/an4.tar.gz"}}}}, {})
-    for dependency in ("archives", "archives/an4.tar.gz"):
-        (tmp_path / "dvc.yaml").write_text(f"stages: {{corpus: {{do: {{deps: [{dependency}]}}}}}}")
+    for dependency in ("archives", "archives/an4.tar.gz", "${item.source}", "archives/${key}.tar.gz"):
+        (tmp_path / "dvc.yaml").write_text(f"stages: {{corpus: {{do: {{deps: ['{dependency}']}}}}}}")
         require_watched(config, "an4", tmp_path)
     (tmp_path / "dvc.yaml").write_text("stages: {corpus: {do: {deps: [archives/an4.tar]}}}")
     with pytest.raises(UserError, match=r"does not name 'archives/an4\.tar\.gz' among its deps"):

@@ -25,6 +25,7 @@ from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.sections import Corpus
 from sonosco_mlflow.tracking.data_lock import CORPUS_STAGES, LAST_STAGE
+from sonosco_mlflow.tracking.dvc_command import remove_torn
 from sonosco_mlflow.tracking.file_lock import locked
 
 STAGE_MESSAGE = "sonosco: "
@@ -105,12 +106,14 @@ def require_watched(config: Config, name: str, project: Path) -> None:
         return
     stages = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     stage = stages.get(f"corpus-{name}") or stages["corpus"]
-    named = [path.replace("${item.source}", str(corpus.source)) for path in _commands(stage)["deps"]]
+    named = [
+        path.replace("${item.source}", str(corpus.source)).replace("${key}", name) for path in _commands(stage)["deps"]
+    ]
     if not {source, *source.parents} & {(project / path).resolve() for path in named}:
         raise UserError(
             f"{project / 'dvc.yaml'}: the stage corpus does not name '{corpus.source}' among its deps, and DVC would "
-            f"not see a changed recording; add the line `- {corpus.source}` to them, or, where every corpus has a "
-            "source here, `- ${item.source}`"
+            f"not see a changed recording; add the line `- {corpus.source}` to them, or, of several corpora, one that "
+            "is each one's own: docs/corpora.md"
         )
 
 
@@ -260,25 +263,6 @@ def dvc(
         text=True,
         check=False,
     )
-
-
-def remove_torn(workspace: Path) -> None:
-    """Remove what a DVC that was killed has left empty: its lock file of the stages and its list of what is in use.
-
-    DVC empties them and writes them anew, and refuses to begin with an empty one. What the stages have made is in its
-    cache all the same.
-    """
-    guards = workspace / ".dvc" / "tmp"
-    for path, guard in ((workspace / "dvc.lock", guards / "lock"), (guards / "rwlock", guards / "rwlock.lock")):
-        if _is_empty(path):
-            # DVC's own guard of that file: one that is alive may be writing it now.
-            with locked(guard):
-                if _is_empty(path):
-                    path.unlink()
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == 0
 
 
 def reproduce(workspace: Path) -> None:
