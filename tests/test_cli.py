@@ -1,11 +1,12 @@
 import os
 import signal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from sonosco_mlflow import cli, runs
+from sonosco_mlflow import cli, reproduction, runs, trained
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.outcome import Outcome
 from sonosco_mlflow.tracking import identity
@@ -105,6 +106,43 @@ def test_a_signal_has_its_own_status(
     monkeypatch.setattr(runs, "train", train)
     monkeypatch.chdir(PROJECT)
     assert sonosco(monkeypatch, "train") == status
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "status"), [(KeyboardInterrupt, 128 + signal.SIGINT), (Terminated, 128 + signal.SIGTERM)]
+)
+@pytest.mark.parametrize(("verb", "module"), [("evaluate", trained), ("reproduce", reproduction)])
+def test_what_else_takes_long_has_the_status_of_its_signal_too(
+    monkeypatch: pytest.MonkeyPatch, verb: str, module: ModuleType, interrupt: type[BaseException], status: int
+) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        if interrupt is Terminated:
+            signal.raise_signal(signal.SIGTERM)
+        raise interrupt
+
+    monkeypatch.setattr(module, verb, stopped)
+    assert sonosco(monkeypatch, verb, "ab12") == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["resume", "--no-prepar", "ab12"],
+            "--no-prepar is no option of `sonosco resume`; did you mean '--no-prepare'?",
+        ),
+        (["resume", "--no-prepar"], "--no-prepar is no option of `sonosco resume`"),
+        (["evaluate", "--splt", "dev", "ab12"], "--splt is no option of `sonosco evaluate`; did you mean '--split'?"),
+        (["corpus", "--sorce=x"], "--sorce is no option of `sonosco corpus`; did you mean '--source'?"),
+        (["diff", "a", "b", "--html", str(PROJECT)], f"--html: '{PROJECT}' is a folder"),
+    ],
+)
+def test_a_misspelt_option_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    assert sonosco(monkeypatch, *arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_verb_is_usage(monkeypatch: pytest.MonkeyPatch) -> None:

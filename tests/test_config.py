@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
@@ -14,7 +16,7 @@ from sonosco_mlflow.decisive import LATER, decisive
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.recipe import check_recipe
 from sonosco_mlflow.sections import Corpus
-from sonosco_mlflow.settings import flatten, plain_settings, settings_digest, settings_yaml
+from sonosco_mlflow.settings import flatten, plain_settings, settings_digest, yaml_text
 
 # Scripts and people rely on these.
 FIXED_KEYS = [
@@ -110,6 +112,7 @@ def test_an_override_wins_over_the_recipe_which_wins_over_the_default() -> None:
         ("data.corpora.a/b.kind", "an4", "data.corpora.a/b: found 'a/b', expected a name of letters, digits"),
         ("data.corpora.an4.knd", "an4", "data.corpora.an4.knd: unknown key; did you mean 'kind'"),
         ("data.corpora.an4", "3", "data.corpora.an4: found 3, expected dictionary"),
+        ("data.corpora", "{1: {}, a: {}}", "data.corpora.1: found 1, expected string"),
         ("model.settings.a.b", "3", "model.settings.a: found {'b': 3}, expected a number, a text or a list"),
     ],
 )
@@ -343,12 +346,22 @@ def test_settings_come_back_from_their_yaml() -> None:
         "a": "naïve: text",
         "no": "no",
     }
-    text = settings_yaml(settings)
+    text = yaml_text(settings)
     again = YAML(typ="safe").load(text)
     assert again == settings
     assert list(again) == list(settings)
     assert settings_digest(again) == settings_digest(settings)
-    assert settings_yaml(again) == text
+    assert yaml_text(again) == text
+
+
+@given(text=st.text(st.sampled_from("ab.:#'\"\\- \n\t\x85é"), max_size=250), depth=st.integers(0, 6))
+@example(text=f"{'x' * 70}.  Behind two spaces, where a line of 80 ends.", depth=0)
+@example(text="a\\ b " * 30, depth=1)
+def test_a_long_text_comes_back_from_its_yaml(text: str, depth: int) -> None:
+    settings: dict[str, object] = {"text": text, text.replace(".", "") or "none": [text]}
+    for level in range(depth):
+        settings = {f"level {level}": settings}
+    assert YAML(typ="safe").load(yaml_text(settings)) == settings
 
 
 def test_the_digest_does_not_follow_the_order_of_keys() -> None:

@@ -118,3 +118,10 @@ def test_as_many_frames_as_tokens_are_still_frames(monkeypatch: pytest.MonkeyPat
     (shown,) = figures[0].axes[0].images
     assert shown.get_array().shape == weights.shape
     assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["A", "B", "C"]
+
+
+def test_the_longest_of_compared_features_is_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(evaluation, "png", figures.append)
+    evaluation.compared_features({name: torch.zeros(frames, 4) for name, frames in (("a", 7), ("b", 9), ("c", 5))}, "x")
+    assert [axes.get_xlim() for axes in figures[0].axes] == [(-0.5, 8.5)] * 3

@@ -23,7 +23,7 @@ STOREYS = [
         "console",
         "text",
         "background",
-        "orphans",
+        "processes",
         "digests",
         "serialization",
         "word_pieces",

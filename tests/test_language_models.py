@@ -107,6 +107,12 @@ def test_a_run_is_decoded_as_its_recipe_says_and_keeps_what_it_takes(project: Pa
     assert len(several) == 3
     assert several[0][0] >= total
     assert recognizer.transcribe_file(sound) == text
+    # What is not asked for stays as it was recorded.
+    beams = [
+        recognizer_of(outcome.run_id, project, overrides=overrides, n_best=n_best).search.beam
+        for overrides, n_best in (({"decoding.length_reward": "0"}, 1), ({}, 2), ({}, 5), ({"decoding.beam": "1"}, 1))
+    ]
+    assert beams == [4, 4, 5, 1]
 
     greedy = evaluate(outcome.run_id, project, prepare=False, overrides=PLAIN)
     assert "sonosco.reproduced" not in children(outcome.run_id)[-1].data.tags

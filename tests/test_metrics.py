@@ -55,12 +55,13 @@ def test_a_rate_is_not_the_mean_of_rates() -> None:
 def test_words_without_a_reference_are_insertions() -> None:
     assert word_errors(["", "A"], ["B C", "A"]) == ErrorCounts(insertions=2, reference_length=1)
     assert word_error_rate(["A"], ["A B C"]) == 2.0
+    assert character_errors(["", "A"], [" B C ", "A"]) == ErrorCounts(insertions=3, reference_length=1)
     assert math.isnan(word_error_rate([""], ["B"]))
     assert math.isnan(word_error_rate([], []))
 
 
 def test_lists_of_unequal_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="lengths must match"):
         word_error_rate(["A", "B"], ["A"])
 
 

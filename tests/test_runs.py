@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
+import soundfile
 
 from project import make_data, make_project, run
 from sonosco_mlflow.config import Config
@@ -14,7 +16,7 @@ from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.outcome import Outcome, report
-from sonosco_mlflow.runs import train
+from sonosco_mlflow.runs import resume, train
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.segments import newest_segment
@@ -156,6 +158,51 @@ def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(
     assert set(recognizer_of(outcome.run_id, project).transcribe_file(next(project.glob("tones/*.wav")))) <= set(
         ALPHABET
     )
+
+
+def test_what_the_training_did_not_evaluate_is_not_compared(project: Path, outcome: Outcome) -> None:
+    evaluated = evaluate(outcome.run_id, project, prepare=False, split="train")
+    assert evaluated.metrics.keys() == {
+        name.replace("test_", "train_split_") for name in outcome.metrics if name.startswith("test_")
+    }
+    (child,) = mlflow.MlflowClient().search_runs(["0"], f"tags.`mlflow.parentRunId` = '{outcome.run_id}'")
+    assert "sonosco.reproduced" not in child.data.tags
+    with pytest.raises(UserError, match=f"run {child.info.run_id} is no training: its tag sonosco.kind is 'evaluate'"):
+        evaluate(child.info.run_id, project, prepare=False)
+    with pytest.raises(UserError, match="--split: found 'foo', Valid: dev, test, train"):
+        evaluate(outcome.run_id, project, prepare=False, split="foo")
+    # A mistake leaves no run.
+    assert len(mlflow.MlflowClient().search_runs(["0"], f"tags.`mlflow.parentRunId` = '{outcome.run_id}'")) == 1
+
+
+def test_a_run_that_has_not_come_to_its_end_has_no_model_to_be_evaluated(project: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(project, training__epochs="3"), project, prepare=False, until_step=2)
+    (run,) = mlflow.MlflowClient().search_runs(["0"], "tags.`sonosco.state` = 'interrupted'", max_results=1)
+    with pytest.raises(UserError, match=f"run {run.info.run_id} has no model, .* it is interrupted"):
+        evaluate(run.info.run_id, project, prepare=False)
+    # It stands behind that step already.
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(project, training__epochs="3"), project, prepare=False, go_on=True, until_step=1)
+    assert mlflow.get_run(run.info.run_id).data.tags["sonosco.state"] == "interrupted"
+
+
+def test_a_finished_run_says_that_other_settings_have_no_effect(
+    project: Path, outcome: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resume(outcome.run_id, project, overrides={"optimizer.lr": "0.5"}, prepare=False) is None
+    assert "what else was set has no effect" in capsys.readouterr().out
+    assert resume(outcome.run_id, project, prepare=False) is None
+    assert "no effect" not in capsys.readouterr().out
+
+
+def test_a_sound_that_is_too_short_is_named(project: Path, outcome: Outcome, tmp_path: Path) -> None:
+    recognizer = recognizer_of(outcome.run_id, project)
+    path = tmp_path / "click.wav"
+    soundfile.write(path, np.zeros(100, np.float32), 16_000)
+    with pytest.raises(UserError, match=f"^{path}: its 100 samples are shorter than one analysis window"):
+        recognizer.file_hypotheses(path)
+    assert recognizer.predict(np.zeros((0, 16_000), np.float32)).tolist() == []
 
 
 def test_other_data_than_the_runs_is_refused(project: Path, outcome: Outcome) -> None:

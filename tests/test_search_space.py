@@ -63,6 +63,8 @@ def test_the_grid_has_every_combination_once() -> None:
         (["optimizer.lr=0..1:log"], "low"),
         (["optimizer.lr=1,1"], "a choice comes twice"),
         (["optimizer.lr=[1"], "cannot be read"),
+        (["model= "], "found nothing; expected texts (in quotes) or numbers"),
+        (["tracking.run_name=2020-01-01,b"], "found 2020-01-01, a date; expected texts (in quotes)"),
         (["optimizer.lr=1e-3,-1"], "optimizer.lr: found -1"),
         (["model=tds,lsa"], "did you mean 'las'"),
         (["optimizer.rl=1,2"], "unknown key; did you mean 'optimizer.lr'"),
@@ -75,12 +77,12 @@ def test_what_cannot_be_varied_is_refused_by_name(dimensions: list[str], message
 
 
 def test_texts_that_look_like_something_else_stay_texts() -> None:
-    space = read_space(["data.source=../a,../b", "tracking.run_name='1','true',plain"])
-    assert grid_size(space) == 6
-    tree = [{key: as_text(value) for key, value in combination(space, number).items()} for number in range(6)]
+    space = read_space(["data.source=../a,../b", "tracking.run_name='1','true',plain,'@a','b: c: d'"])
+    assert grid_size(space) == 10
+    tree = [{key: as_text(value) for key, value in combination(space, number).items()} for number in range(10)]
     found = [Config.resolve({}, settings) for settings in tree]
     assert {config.data.corpora["default"].source for config in found} == {"../a", "../b"}
-    assert {config.tracking.run_name for config in found} == {"1", "true", "plain"}
+    assert {config.tracking.run_name for config in found} == {"1", "true", "plain", "@a", "b: c: d"}
 
 
 def test_a_grid_has_no_range() -> None:

@@ -34,7 +34,7 @@ from sonosco_mlflow.sections import (
     Tracking,
     Training,
 )
-from sonosco_mlflow.settings import Scalar, flatten, plain_settings, settings_digest, settings_yaml
+from sonosco_mlflow.settings import Scalar, flatten, plain_settings, settings_digest, yaml_text
 
 # A date or a number that is none, bytes that are no UTF-8, and what is nested too deeply, are told by Python's own.
 _NOT_YAML = (YAMLError, ValueError, RecursionError)
@@ -132,7 +132,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Return the recipe as the text of a ``params.yaml``."""
-        return settings_yaml(self.model_dump(mode="json"))
+        return yaml_text(self.model_dump(mode="json"))
 
     @property
     def digest(self) -> str:
@@ -169,7 +169,7 @@ def _check_key(key: str) -> None:
         return
     if section in Config.model_fields:
         keys = [valid for valid in keys if valid.startswith(section + ".")]
-    raise UserError(f"{key}: unknown key; {nearest(key, keys) or 'params.yaml shows them all'}")
+    raise UserError(f"{key}: unknown key; {nearest(key, keys) or 'docs/keys.md has them all'}")
 
 
 def _parse(key: str, text: str) -> object:
@@ -217,16 +217,20 @@ def _set_one_corpus(tree: dict[str, Any], key: str, value: object) -> None:
         _set(tree, f"data.corpora.{only}{key.removeprefix('data')}", value)
     elif not isinstance(value, str):
         raise UserError(f"{key}: found {value!r}, expected string")
-    elif only is None or (corpora[only] or {}).get("kind", only) != value:
+    elif only is None or _kind(only, corpora[only]) != value:
         # The source and the parts of another corpus are none of this one's.
         _set(tree, "data.corpora", {value: {}})
+
+
+def _kind(name: str, corpus: object) -> object:
+    return corpus.get("kind", name) if isinstance(corpus, dict) else name
 
 
 def _complete_corpora(tree: dict[str, Any]) -> None:
     """Let each corpus that says no kind be of the kind that its name is, and put them in the order of their names."""
     completed = {
         name: {"kind": name, **(entry or {})} if entry is None or isinstance(entry, dict) else entry
-        for name, entry in sorted(_corpora(tree).items())
+        for name, entry in sorted(_corpora(tree).items(), key=lambda item: str(item[0]))
     }
     if completed:
         tree["data"]["corpora"] = completed

@@ -139,6 +139,8 @@ def compared_features(pictures: Mapping[str, Tensor], title: str) -> bytes:
     for axes, (name, features) in zip(rows, pictures.items(), strict=True):
         axes.imshow(features.T.numpy(), origin="lower", aspect="auto", interpolation="nearest", vmin=-2.5, vmax=2.5)
         axes.set_ylabel(name)
+    # Each picture has made its own length that of all.
+    rows[-1].set_xlim(-0.5, max(len(features) for features in pictures.values()) - 0.5)
     rows[-1].set_xlabel("frame")
     figure.suptitle(title, fontsize="medium", parse_math=False)
     return png(figure)

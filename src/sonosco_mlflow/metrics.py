@@ -10,12 +10,15 @@ a short utterance more than one in a long one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from sonosco_mlflow.determinism import random_stream
 from sonosco_mlflow.serialization.parameters import serializable
+
+if TYPE_CHECKING:
+    from jiwer import CharacterOutput, WordOutput
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 
@@ -56,35 +59,19 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCo
     # Imported here: whoever reads a recipe or a manifest should not pay for it.
     import jiwer
 
-    return _count(jiwer.process_words, references, hypotheses, lambda text: len(text.split()))
+    return _counts(jiwer.process_words(list(references), list(hypotheses)))
 
 
 def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    """Count character errors of aligned lists, spaces included, as jiwer does."""
+    """Count character errors of aligned lists, spaces between words included, as jiwer does."""
     import jiwer
 
-    return _count(jiwer.process_characters, references, hypotheses, len)
+    return _counts(jiwer.process_characters(list(references), list(hypotheses)))
 
 
-def _count(
-    process: Callable[[list[str], list[str]], Any],
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    length: Callable[[str], int],
-) -> ErrorCounts:
-    pairs = list(zip(references, hypotheses, strict=True))
-    # jiwer refuses empty references.
-    spoken = [pair for pair in pairs if pair[0].strip()]
-    invented = sum(length(hypothesis) for reference, hypothesis in pairs if not reference.strip())
-    if not spoken:
-        return ErrorCounts(insertions=invented)
-    result = process([reference for reference, _ in spoken], [hypothesis for _, hypothesis in spoken])
-    return ErrorCounts(
-        result.substitutions,
-        result.deletions,
-        result.insertions + invented,
-        result.hits + result.substitutions + result.deletions,
-    )
+def _counts(found: "WordOutput | CharacterOutput") -> ErrorCounts:
+    reference_length = found.hits + found.substitutions + found.deletions
+    return ErrorCounts(found.substitutions, found.deletions, found.insertions, reference_length)
 
 
 @serializable

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from sonosco_mlflow.tracking.description import describe_run, list_trainings
 from sonosco_mlflow.tracking.store import connect, find_run
@@ -13,7 +14,7 @@ from sonosco_mlflow.tracking.verification import Verification
 
 RATES = {"val_word_error_rate": "val WER", "test_word_error_rate": "test WER"}
 # What is no terminal has no width: nothing is to be cut there.
-_WIDE = 200
+_WIDE = 10_000
 
 
 def show_run(run_id: str, project: Path) -> None:
@@ -33,12 +34,18 @@ def show_run(run_id: str, project: Path) -> None:
 def show_runs(project: Path) -> None:
     """Print the trainings of the tracking store, the newest first, each with what it is in truth."""
     connect(project)
-    table = Table("run", "name", "state", "begun, UTC", "step", *RATES.values(), box=None)
+    # An id is there to be copied, whatever else has to be folded.
+    columns = [
+        Column("run", no_wrap=True),
+        *(Column(name, overflow="fold") for name in ("name", "state", "begun, UTC")),
+    ]
+    table = Table(*columns, "step", *RATES.values(), box=None)
     for line in list_trainings():
         rates = [line.metrics.get(name) for name in RATES]
         table.add_row(
             line.run_id,
-            line.name,
+            # Whatever stands in brackets is part of it.
+            Text(line.name),
             line.state,
             f"{line.begun:%Y-%m-%d %H:%M}",
             "" if line.step is None else str(line.step),

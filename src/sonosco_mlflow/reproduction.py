@@ -19,7 +19,7 @@ from sonosco_mlflow.tracking.comparison import Comparison, compare_runs, last_st
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.rebuilt import ENVIRONMENT_MANAGERS, Rebuilt, rebuild
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
-from sonosco_mlflow.tracking.store import connect, find_run
+from sonosco_mlflow.tracking.store import connect, find_run, find_training
 from sonosco_mlflow.tracking.tags import CANARY, DATA_DIGEST, KIND, REPRODUCED, REPRODUCED_BY, REPRODUCES, STATE
 
 _STOPPED = 130
@@ -111,11 +111,9 @@ def reproduce(
         UserError: the run cannot be made again; the message says what is missing.
     """
     connect(project)
-    run = find_run(run_id)
+    run = find_training(run_id)
     if environment_manager not in ENVIRONMENT_MANAGERS:
         raise UserError(f"env-manager is '{environment_manager}', expected {' or '.join(ENVIRONMENT_MANAGERS)}")
-    if run.data.tags.get(KIND) != "train":
-        raise UserError(f"run {run_id} is no training: its tag {KIND} is {run.data.tags.get(KIND)!r}")
     if run.data.tags.get(STATE) != "finished" and until_step is None:
         raise UserError(
             f"run {run_id} is {run.data.tags.get(STATE)}, not finished: continue it by `sonosco resume {run_id}`, or "

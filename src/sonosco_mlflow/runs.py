@@ -23,7 +23,7 @@ from sonosco_mlflow.tracking.restoration import restore_data
 from sonosco_mlflow.tracking.resumption import find_unfinished
 from sonosco_mlflow.tracking.secrecy import require_no_secrets
 from sonosco_mlflow.tracking.segments import newest_segment
-from sonosco_mlflow.tracking.store import connect, find_run
+from sonosco_mlflow.tracking.store import connect, find_training
 from sonosco_mlflow.tracking.tags import STATE
 from sonosco_mlflow.training.callbacks.interrupt_at import InterruptAt
 from sonosco_mlflow.training.callbacks.progress_bar import ProgressBar
@@ -96,12 +96,13 @@ def resume(
         KeyboardInterrupt: stopped by signal; the state is kept and the run can be continued.
     """
     connect(project)
-    run = find_run(run_id)
+    run = find_training(run_id)
     tracked = TrackedRun.find(run)
     recorded = newest_segment(run).recipe()
     config = Config.resolve(recorded.model_dump(mode="json"), overrides or {}, origin=f"run {run_id}")
     if run.data.tags.get(STATE) == "finished" and config.training.epochs == recorded.training.epochs:
-        print(f"run {run_id} is finished; there is nothing to do, unless with --set training.epochs=...")
+        idle = "" if config == recorded else "; what else was set has no effect"
+        print(f"run {run_id} is finished; there is nothing to do, unless with --set training.epochs=...{idle}")
         tracked.leave()
         return None
     check_recipe(config)

@@ -103,7 +103,10 @@ def as_text(value: object) -> str:
     if not isinstance(value, str):
         return json.dumps(value)
     # A quoted '1' is a text and stays one; a list is kept as its text and becomes one again.
-    read = YAML(typ="safe").load(value)
+    try:
+        read = YAML(typ="safe").load(value)
+    except (YAMLError, ValueError):
+        return json.dumps(value)
     return value if read == value or isinstance(read, list | dict) else json.dumps(value)
 
 
@@ -136,6 +139,12 @@ def _range(dimension: str, key: str, text: str) -> BaseDistribution:
 
 def _choices(dimension: str, text: str) -> BaseDistribution:
     values = _yaml(dimension, f"[{text}]")
+    strange = [value for value in values if not isinstance(value, Choice | list | dict)]
+    if strange or not values:
+        found = f"{strange[0]}, a {type(strange[0]).__name__}" if strange else "nothing"
+        raise UserError(
+            f"--over {dimension}: found {found}; expected texts (in quotes) or numbers: key=first,second,..."
+        )
     # A list is a choice as a whole; Optuna takes plain values only.
     choices = [json.dumps(value) if isinstance(value, list | dict) else value for value in values]
     if len({*choices}) != len(choices):
@@ -146,5 +155,5 @@ def _choices(dimension: str, text: str) -> BaseDistribution:
 def _yaml(dimension: str, text: str) -> Any:
     try:
         return YAML(typ="safe").load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise UserError(f"--over {dimension}: {text!r} cannot be read: {error}") from error

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from io import StringIO
 
@@ -32,17 +33,18 @@ def settings_digest(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def settings_yaml(settings: Mapping[str, object]) -> str:
-    """Return nested settings as YAML."""
+def yaml_text(tree: Mapping[str, object]) -> str:
+    """Return nested mappings, lists, texts and numbers as YAML that gives them back as they were."""
     stream = StringIO()
     yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.dump(_quoted(settings), stream)
+    # Where ruamel folds a long line, it loses one of two spaces.
+    yaml.width = sys.maxsize
+    yaml.dump(_quoted(tree), stream)
     return stream.getvalue()
 
 
 def _quoted(value: object) -> object:
-    """Return settings in which each text with a line break that YAML would fold is one that is written escaped."""
+    """Return a tree in which each text with a line break that YAML would fold is one that is written escaped."""
     match value:
         case str():
             return DoubleQuotedScalarString(value) if "\x85" in value else value

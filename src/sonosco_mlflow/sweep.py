@@ -8,8 +8,6 @@ was cut off and begins what is missing.
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +24,7 @@ from optuna.trial import TrialState
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.console import say
 from sonosco_mlflow.errors import UserError, nearest
+from sonosco_mlflow.processes import run_interruptibly
 from sonosco_mlflow.recipe import check_recipe
 from sonosco_mlflow.search_space import Space, as_text, check_space, combination, draw, grid_size
 from sonosco_mlflow.tracking.child_runs import find_trial, is_deleted, trial_run
@@ -233,14 +232,7 @@ def _train(run_id: str, settings: Mapping[str, object], recipe: Path, project: P
     command = [sys.executable, "-P", "-m", "sonosco_mlflow", *arguments]
     variables = {**os.environ, "MLFLOW_RUN_ID": run_id} if arguments[0] == "train" else None
     print(f"\nsonosco {' '.join(arguments)}", flush=True)
-    # In a session of its own: of an interrupt from the keyboard it hears from here, and once.
-    process = subprocess.Popen(command, cwd=project, env=variables, start_new_session=True)
-    try:
-        process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
+    run_interruptibly(command, project, variables)
 
 
 def _is_trained(run_id: str) -> bool:

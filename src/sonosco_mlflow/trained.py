@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.decoding.text import TextDecoder
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.evaluation import metrics_table, utterance_results, with_intervals
 from sonosco_mlflow.language_models import search_of
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
@@ -18,12 +19,13 @@ from sonosco_mlflow.recipe import build_loader
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.settings import flatten
+from sonosco_mlflow.tracking.journal import storable
 from sonosco_mlflow.tracking.language_model import kept_model_of
 from sonosco_mlflow.tracking.lineage import DataLineage
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.pipeline import prepare_data, ready_data
 from sonosco_mlflow.tracking.segments import newest_segment
-from sonosco_mlflow.tracking.store import connect, experiment_name, find_run
+from sonosco_mlflow.tracking.store import connect, experiment_name, find_training
 from sonosco_mlflow.tracking.tags import DATA_DIGEST, REPRODUCED
 from sonosco_mlflow.training.validation import evaluate as evaluate_model
 
@@ -55,8 +57,13 @@ def evaluate(
         UserError: there is no such run, it kept no model, or its data is not to be had.
     """
     connect(project)
+    if split not in SPLITS:
+        raise UserError(f"--split: found '{split}', {nearest(split, SPLITS)}")
+    parent = find_training(run_id)
+    # The name `train_loss` is that of a training's steps.
+    prefix = "train_split_" if split == "train" else f"{split}_"
     with TemporaryDirectory() as scratch:
-        parent = find_run(run_id)
+        recognizer = load_recognizer(parent, Path(scratch))
         name = f"evaluate-{split}-of-{parent.info.run_id[:6]}"
         with TrackedRun.open(experiment_name(parent), "evaluate", name) as run:
             run.make_child_of(parent.info.run_id)
@@ -67,7 +74,6 @@ def evaluate(
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
             lineage = DataLineage.of_folder(folder, recordings=config.augment.reads_recordings)
             _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
-            recognizer = load_recognizer(run_id, Path(scratch))
             loader = build_loader(config, folder, split)
             search = search_of(config, loader.tokenizer, project, Path(scratch), segment)
             run.log_parameters(dict(flatten({"decoding": config.decoding.model_dump(mode="json")})))
@@ -77,18 +83,18 @@ def evaluate(
             validation = evaluate_model(
                 recognizer.model,
                 loader,
-                f"{split}_",
+                prefix,
                 decoder=TextDecoder(loader.tokenizer, search),
                 metrics=[word_error_rate, character_error_rate],
             )
-            validation = with_intervals(validation, f"{split}_")
+            validation = with_intervals(validation, prefix)
             run.log_metrics(validation.metrics, step=0)
             table = utterance_results(validation)
             run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")
             run.log_dataset(split, lineage.manifests[split], folder.manifest(split), context=split)
             recorded = {key: value for key, value in parent.data.metrics.items() if key in validation.metrics}
             if recorded and config.decoding == recorded_recipe.decoding:
-                equal = all(validation.metrics[key] == value for key, value in recorded.items())
+                equal = all(repr(storable(validation.metrics[key])) == repr(value) for key, value in recorded.items())
                 run.set_tags({REPRODUCED: str(equal).lower()})
             run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{metrics_table(validation.metrics)}")
     if results is not None:
@@ -115,12 +121,14 @@ def recognizer_of(
         n_best: hypotheses that are wanted of each sound; the beam is at least as wide.
     """
     connect(project)
-    run = find_run(run_id)
+    run = find_training(run_id)
     with TemporaryDirectory() as scratch:
-        recognizer = load_recognizer(run_id, Path(scratch))
+        recognizer = load_recognizer(run, Path(scratch))
         if overrides or n_best > 1:
             segment = newest_segment(run)
-            config = _decoded_otherwise(segment.recipe(), {"decoding.beam": str(n_best), **(overrides or {})})
+            recorded = segment.recipe()
+            beam = max(recorded.decoding.beam, n_best)
+            config = _decoded_otherwise(recorded, {"decoding.beam": str(beam), **(overrides or {})})
             recognizer.search = search_of(config, recognizer.tokenizer, project, Path(scratch), segment, n_best)
     return recognizer
 

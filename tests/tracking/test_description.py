@@ -122,6 +122,23 @@ def test_the_list_has_all_runs_however_many_the_store_gives_at_once(monkeypatch:
     assert {line.run_id for line in list_trainings()} == before | made
 
 
+@pytest.mark.parametrize("width", [None, 80])
+def test_a_name_is_shown_as_it_is_and_an_id_whole(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int | None
+) -> None:
+    name = f"a [/x] b [red] {'c' * (10 if width else 300)}"
+    with TrackedRun.open("Default", "train", name) as run:
+        pass
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    overview.show_runs(project)
+    said = capsys.readouterr().out
+    assert run.id in said
+    assert "[/x]" in said
+    assert width or name in said
+
+
 def test_an_evaluation_is_not_offered_to_be_continued() -> None:
     with TrackedRun.open("Default", "evaluate") as run:
         pass

@@ -4,13 +4,18 @@ Any key of the recipe can be set for one run, as ``--set optimizer.lr=3e-4`` or,
 on, as ``--optimizer.lr 3e-4``.
 """
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import OptionInfo
 
 from sonosco_mlflow.config import ALIASES, Config
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, nearest
 
 app = typer.Typer(
     add_completion=False,
@@ -21,11 +26,30 @@ app = typer.Typer(
 RECIPE_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe; repeatable.")]
+SetDecoding = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of `decoding`; repeatable.")
+]
 Params = Annotated[Path, typer.Option("--params", help="The recipe.")]
 Results = Annotated[Path | None, typer.Option(help="Folder for what DVC keeps of the run.")]
 Prepare = Annotated[bool, typer.Option(help="Bring the data up to date first, with DVC.")]
-Allow = Annotated[bool, typer.Option(show_default=False, help="Go on although it differs; the run records it.")]
 PARAMS = Path("params.yaml")
+
+
+def allowing(what: str) -> OptionInfo:
+    """Return the option that lets a run go on although something of it is not as it was."""
+    option: OptionInfo = typer.Option(show_default=False, help=f"Go on although {what} differs; the run records it.")
+    return option
+
+
+def refuse_option(context: typer.Context, value: str | None) -> str | None:
+    """Return the value of an argument; what a misspelt option would be taken for is refused."""
+    if value is None or not value.startswith("-"):
+        return value
+    shown = [parameter for parameter in context.command.params if not getattr(parameter, "hidden", False)]
+    names = [name for parameter in shown for name in (*parameter.opts, *parameter.secondary_opts)]
+    options = [name for name in names if name.startswith("--")]
+    name = value.partition("=")[0]
+    raise UserError(f"{name} is no option of `sonosco {context.info_name}`; {nearest(name, options)}".rstrip("; "))
 
 
 def read_recipe(
@@ -87,3 +111,19 @@ def normalise(arguments: list[str]) -> list[str]:
         else:
             words.append(argument)
     return words
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """Let SIGTERM stop what is done inside as an interrupt does, and end the process with 143."""
+    from sonosco_mlflow.training.interruption import Terminated, raise_on_termination
+
+    previous = signal.getsignal(signal.SIGTERM)
+    raise_on_termination()
+    try:
+        yield
+    except Terminated:
+        # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
+        sys.exit(143)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -9,13 +9,16 @@ from typing import Annotated
 
 import typer
 
-from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Prepare, Set, app, read_recipe
+from sonosco_mlflow.cli.app import PARAMS, RECIPE_KEYS, Params, Prepare, Set, app, read_recipe, refuse_option
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest_tools.findings import Finding
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.sections import LanguageModelUnit
 
-Name = Annotated[str | None, typer.Argument(help="One corpus of the recipe (data.corpora); all of them by default.")]
+Name = Annotated[
+    str | None,
+    typer.Argument(help="One corpus of the recipe (data.corpora); all of them by default.", callback=refuse_option),
+]
 Into = Annotated[Path, typer.Option(help="The data folder.")]
 DATA = Path("data")
 
@@ -24,7 +27,10 @@ DATA = Path("data")
 def corpus(
     context: typer.Context,
     name: Annotated[
-        str | None, typer.Argument(help="A corpus of the recipe, or a kind of corpus (docs/corpora.md) in its place.")
+        str | None,
+        typer.Argument(
+            help="A corpus of the recipe, or a kind of corpus (docs/corpora.md) in its place.", callback=refuse_option
+        ),
     ] = None,
     source: Annotated[str | None, typer.Option(help="Archive, folder or address of the corpus.")] = None,
     into: Into = DATA,

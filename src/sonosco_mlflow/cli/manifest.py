@@ -19,7 +19,7 @@ manifest = typer.Typer(no_args_is_help=True, help="Make, check, cut and look at 
 app.add_typer(manifest, name="manifest")
 
 One = Annotated[Path, typer.Argument(help="A manifest.")]
-Several = Annotated[list[Path], typer.Argument(help="Manifests; splits of one corpus, where there are several.")]
+Several = Annotated[list[Path], typer.Argument(help="Manifests, one or more.")]
 Into = Annotated[Path, typer.Option(help="The new manifest; nothing else may stand there.")]
 VocabularyFile = Annotated[Path | None, typer.Option(help="A vocabulary.json; other characters are findings.")]
 RowsOnly = Annotated[bool, typer.Option("--rows-only", help="Open no recordings.")]

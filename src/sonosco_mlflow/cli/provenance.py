@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sonosco_mlflow.cli.app import Allow, app
+from sonosco_mlflow.cli.app import allowing, app, termination
+from sonosco_mlflow.errors import UserError
 
 
 @app.command()
@@ -26,18 +27,19 @@ def reproduce(
     run_id: Annotated[str, typer.Argument(help="A training run.")],
     until_step: Annotated[int | None, typer.Option(min=1, help="Stop there: a proof that costs less.")] = None,
     env_manager: Annotated[str, typer.Option(help="uv builds the run's environment, local takes this one.")] = "uv",
-    allow_numerics_change: Allow = False,
+    allow_numerics_change: Annotated[bool, allowing("this machine's arithmetic")] = False,
 ) -> None:
     """Make a run again from what MLflow and DVC kept, and certify that it comes out the same, bit for bit."""
     from sonosco_mlflow.reproduction import reproduce
 
-    certificate = reproduce(
-        run_id,
-        Path(),
-        until_step=until_step,
-        environment_manager=env_manager,
-        allow_numerics_change=allow_numerics_change,
-    )
+    with termination():
+        certificate = reproduce(
+            run_id,
+            Path(),
+            until_step=until_step,
+            environment_manager=env_manager,
+            allow_numerics_change=allow_numerics_change,
+        )
     typer.echo(certificate.to_markdown())
     if not certificate.is_identical:
         raise typer.Exit(1)
@@ -54,6 +56,8 @@ def diff(
     from sonosco_mlflow.tracking.difference import difference_of
     from sonosco_mlflow.tracking.store import connect
 
+    if html is not None and html.is_dir():
+        raise UserError(f"--html: '{html}' is a folder, expected the name of the page")
     connect(Path())
     found = difference_of(one, other, Path())
     typer.echo(difference_text(found), nl=False)

@@ -1,10 +1,6 @@
 """The verbs that train a model, evaluate it and use it."""
 
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,15 +9,18 @@ import typer
 from sonosco_mlflow.cli.app import (
     PARAMS,
     RECIPE_KEYS,
-    Allow,
     Params,
     Prepare,
     Results,
     Set,
+    SetDecoding,
+    allowing,
     app,
     parse_settings,
     read_overrides,
     read_recipe,
+    refuse_option,
+    termination,
 )
 from sonosco_mlflow.errors import UserError
 
@@ -44,24 +43,24 @@ def train(
     config = read_recipe(context, settings, params)
     from sonosco_mlflow.runs import train
 
-    with _termination():
+    with termination():
         train(config, Path(), prepare=prepare, results=results, go_on=go_on, until_step=until_step)
 
 
 @app.command(context_settings=RECIPE_KEYS)
 def resume(
     context: typer.Context,
-    run_id: Annotated[str | None, typer.Argument(help="A training run.")] = None,
+    run_id: Annotated[str | None, typer.Argument(help="A training run.", callback=refuse_option)] = None,
     run_option: Annotated[str | None, typer.Option("--run_id", hidden=True)] = None,
     settings: Set = None,
     prepare: Prepare = True,
     results: Results = None,
-    allow_config_change: Allow = False,
-    allow_code_change: Allow = False,
-    allow_data_change: Allow = False,
-    allow_vocabulary_change: Allow = False,
-    allow_environment_change: Allow = False,
-    allow_numerics_change: Allow = False,
+    allow_config_change: Annotated[bool, allowing("the recipe")] = False,
+    allow_code_change: Annotated[bool, allowing("the code")] = False,
+    allow_data_change: Annotated[bool, allowing("the data")] = False,
+    allow_vocabulary_change: Annotated[bool, allowing("the vocabulary")] = False,
+    allow_environment_change: Annotated[bool, allowing("the environment")] = False,
+    allow_numerics_change: Annotated[bool, allowing("this machine's arithmetic")] = False,
 ) -> None:
     """Continue a run that was killed, stopped or failed; with --set training.epochs=N also a finished one."""
     from sonosco_mlflow.runs import resume
@@ -78,7 +77,7 @@ def resume(
     chosen = run_id or run_option or os.environ.pop("MLFLOW_RUN_ID", None)
     if chosen is None:
         raise UserError("give the id of the run that is to go on: sonosco resume RUN_ID")
-    with _termination():
+    with termination():
         resume(
             chosen,
             Path(),
@@ -112,7 +111,7 @@ def sweep(
     from sonosco_mlflow.search_space import read_space
     from sonosco_mlflow.sweep import sweep
 
-    with _termination():
+    with termination():
         result = sweep(config, read_space(over), Path(), name=name, trials=trials, objective=objective, seed=seed)
     typer.echo(f"\nsweep {result.run_id}\n\n{result.to_markdown()}", nl=False)
     if any(trial.value is None for trial in result.trials):
@@ -122,10 +121,10 @@ def sweep(
 @app.command(context_settings=RECIPE_KEYS)
 def evaluate(
     context: typer.Context,
-    run_id: Annotated[str | None, typer.Argument(help="A finished training run.")] = None,
+    run_id: Annotated[str | None, typer.Argument(help="A finished training run.", callback=refuse_option)] = None,
     run_file: Annotated[Path | None, typer.Option(help="File that names the run, as the train stage wrote it.")] = None,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
-    settings: Set = None,
+    settings: SetDecoding = None,
     prepare: Prepare = True,
     results: Results = None,
 ) -> None:
@@ -136,7 +135,8 @@ def evaluate(
         raise UserError("give the id of a run, or --run-file")
     chosen = run_id if run_id is not None else run_of(run_file or Path())
     overrides = read_overrides(context, settings)
-    evaluate(chosen, Path(), split=split, overrides=overrides, prepare=prepare, results=results)
+    with termination():
+        evaluate(chosen, Path(), split=split, overrides=overrides, prepare=prepare, results=results)
 
 
 @app.command()
@@ -144,7 +144,7 @@ def transcribe(
     run_id: Annotated[str, typer.Argument(help="A finished training run.")],
     audio: Annotated[list[Path], typer.Argument(help="Sound files.")],
     n_best: Annotated[int, typer.Option(min=1, help="Print so many hypotheses, each behind its score.")] = 1,
-    settings: Set = None,
+    settings: SetDecoding = None,
 ) -> None:
     """Print what the model of a run hears in sound files."""
     from sonosco_mlflow.trained import recognizer_of
@@ -154,19 +154,3 @@ def transcribe(
         for total, text in recognizer.file_hypotheses(path):
             score = "" if n_best == 1 else f"{total:.3f}\t"
             typer.echo(f"{path}\t{score}{text}")
-
-
-@contextmanager
-def _termination() -> Iterator[None]:
-    """Let SIGTERM stop what is done inside as an interrupt does, and end the process with 143."""
-    from sonosco_mlflow.training.interruption import Terminated, raise_on_termination
-
-    previous = signal.getsignal(signal.SIGTERM)
-    raise_on_termination()
-    try:
-        yield
-    except Terminated:
-        # Typer would take it for the KeyboardInterrupt that it also is, and end with 130.
-        sys.exit(143)
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Protocol, TypeVar
 
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.orphans import end_with_parent
+from sonosco_mlflow.processes import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

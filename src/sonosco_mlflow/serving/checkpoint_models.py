@@ -4,7 +4,7 @@ Such a model has no weights of its own. It names its checkpoint, goes when that 
 needs; where this package can be imported, it is used like any other::
 
     model = mlflow.pyfunc.load_model("models:/m-...")        # the id that the UI shows
-    model.predict(waveform)                                  # as in :mod:`.pyfunc`
+    model.predict(waveforms)                                 # as in :mod:`.pyfunc`
 """
 
 import hashlib

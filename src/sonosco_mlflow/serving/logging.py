@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
-from mlflow.entities import LoggedModelStatus
+from mlflow.entities import LoggedModelStatus, Run
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
@@ -15,6 +15,7 @@ from sonosco_mlflow.decoding.search import GREEDY, Search
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
+from sonosco_mlflow.tracking.lease import condition
 from sonosco_mlflow.tracking.store import download, models_of
 from sonosco_mlflow.training.trainer import ModelTrainer
 
@@ -97,10 +98,18 @@ def _logged(digest: str) -> str | None:
     return found
 
 
-def load_recognizer(run_id: str, scratch: Path) -> SpeechRecognizer:
-    """Return the recognizer that run ``run_id`` logged; it is downloaded into ``scratch``.
+def load_recognizer(run: Run, scratch: Path) -> SpeechRecognizer:
+    """Return the recognizer that a training logged; it is downloaded into ``scratch``.
 
     Raises:
         UserError: the run has no model.
     """
-    return SpeechRecognizer.load(download(run_id, "model", scratch) / "artifacts" / "recognizer")
+    run_id = run.info.run_id
+    try:
+        folder = download(run_id, "model", scratch)
+    except UserError as error:
+        raise UserError(
+            f"run {run_id} has no model, which a training of a speech model keeps when it has come to its end; it is "
+            f"{condition(run)}, and `sonosco show {run_id}` tells how it goes on ({error})"
+        ) from error
+    return SpeechRecognizer.load(folder / "artifacts" / "recognizer")

@@ -3,7 +3,7 @@
 MLflow runs this file when it loads the model::
 
     model = mlflow.pyfunc.load_model("models:/...")
-    model.predict(waveform)          # [samples] or [batch, samples] float32 at the model's sample rate
+    model.predict(waveforms)         # [batch, samples] float32 at the model's sample rate
 """
 
 from pathlib import Path

@@ -23,6 +23,7 @@ from sonosco_mlflow.data.features import FeatureStatistics
 from sonosco_mlflow.data.loader import collate
 from sonosco_mlflow.data.processor import AudioDataProcessor, read_audio
 from sonosco_mlflow.decoding.search import GREEDY, Search
+from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.models.base import Hypothesis, SpeechModel
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Deserializer, Serializer
@@ -66,6 +67,8 @@ class SpeechRecognizer:
 
     def hypotheses(self, waveforms: Sequence[npt.NDArray[np.float32]]) -> list[list[Hypothesis]]:
         """Return up to ``search.n_best`` hypotheses of each waveform, best first."""
+        if not waveforms:
+            return []
         samples = [self._sample(torch.from_numpy(np.asarray(waveform, np.float32))) for waveform in waveforms]
         device = next(self.model.parameters()).device
         self.model.eval()
@@ -73,17 +76,24 @@ class SpeechRecognizer:
             return self.model.search(collate(samples).to(device), self.search)
 
     def transcribe_file(self, path: Path) -> str:
-        """Return the text of a sound file of any rate."""
-        return self.transcribe([self._read(path)])[0]
+        """Return the text of a sound file of any rate; errors are those of :meth:`file_hypotheses`."""
+        return self.file_hypotheses(path)[0][1]
 
     def file_hypotheses(self, path: Path) -> list[tuple[float, str]]:
-        """Return total and text of each hypothesis of a sound file of any rate, best first."""
-        (found,) = self.hypotheses([self._read(path)])
+        """Return total and text of each hypothesis of a sound file of any rate, best first.
+
+        Raises:
+            UserError: it is no sound, or is shorter than a frame; the message names it.
+        """
+        waveform = read_audio(path, self.processor.sample_rate).numpy()
+        if self.processor.frames(len(waveform)) < 1:
+            raise UserError(f"{path}: its {len(waveform)} samples are shorter than one analysis window")
+        (found,) = self.hypotheses([waveform])
         return [(hypothesis.total, self.tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
 
     def predict(self, model_input: npt.NDArray[np.float32]) -> npt.NDArray[np.str_]:
         """Return the text of a waveform ``[samples]``, or of each row of ``[batch, samples]``, as an array."""
-        return np.array(self.transcribe(list(np.atleast_2d(model_input))))
+        return np.array(self.transcribe(list(np.atleast_2d(model_input))), dtype=np.str_)
 
     def save(self, folder: Path) -> None:
         """Write the recognizer into ``folder``."""
@@ -113,10 +123,6 @@ class SpeechRecognizer:
             tensors = safetensors.torch.load((folder / _LANGUAGE_MODEL).read_bytes())
             recognizer.search.language_model.load_state_dict(tensors)
         return recognizer
-
-    def _read(self, path: Path) -> npt.NDArray[np.float32]:
-        waveform: npt.NDArray[np.float32] = read_audio(path, self.processor.sample_rate).numpy()
-        return waveform
 
     def _sample(self, waveform: Tensor) -> Sample:
         features = self.processor.features(waveform)

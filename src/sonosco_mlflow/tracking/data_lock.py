@@ -4,7 +4,6 @@ DVC names the stage of a corpus ``features@an4`` where ``dvc.yaml`` has it made 
 A stage cannot be given that name, so in a private workspace it is ``features-an4``.
 """
 
-import io
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from ruamel.yaml import YAML
 
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.stages import DataFolder
+from sonosco_mlflow.settings import yaml_text
 
 CORPUS_STAGES = ("corpus", "manifests", "features")
 """The stages of each corpus."""
@@ -38,9 +38,7 @@ def private_lock(text: str) -> str:
 
 
 def _lock(stages: Mapping[str, Any]) -> str:
-    text = io.StringIO()
-    YAML().dump({"schema": "2.0", "stages": dict(stages)}, text)
-    return text.getvalue()
+    return yaml_text({"schema": "2.0", "stages": stages})
 
 
 def locked_stages(folder: DataFolder) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from sonosco_mlflow.tracking.comparison import AT_END, Comparison, Parting, comp
 from sonosco_mlflow.tracking.description import RunLine
 from sonosco_mlflow.tracking.metric_rows import metric_records
 from sonosco_mlflow.tracking.segments import Segment, newest_segment
-from sonosco_mlflow.tracking.store import find_run
-from sonosco_mlflow.tracking.tags import KIND, WEIGHTS_DIGEST
+from sonosco_mlflow.tracking.store import find_training
+from sonosco_mlflow.tracking.tags import WEIGHTS_DIGEST
 from sonosco_mlflow.training.callbacks.base import is_timing
 
 Curve = tuple[Sequence[int], Sequence[float]]
@@ -90,13 +90,7 @@ def difference_of(one: str, other: str, project: Path) -> Difference:
     Raises:
         UserError: there is no such run, it is no training, or something that it kept cannot be read.
     """
-    runs = find_run(one), find_run(other)
-    for run in runs:
-        if run.data.tags.get(KIND) != "train":
-            raise UserError(
-                f"run {run.info.run_id} is no training: its tag {KIND} is {run.data.tags.get(KIND)!r}; "
-                "`sonosco show` lists those that are"
-            )
+    runs = find_training(one), find_training(other)
     segments = newest_segment(runs[0]), newest_segment(runs[1])
     changes = input_changes(segments[0], runs[0].data.tags, segments[1], runs[1].data.tags, project)
     comparison = compare_runs(one, other)

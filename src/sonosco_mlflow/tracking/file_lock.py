@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sonosco_mlflow.orphans import end_with_parent
+from sonosco_mlflow.processes import end_with_parent
 
 
 @contextmanager

@@ -5,7 +5,6 @@
 '4fa64530f383f16ed3446669f0449b59'
 """
 
-import io
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.data.features import INDEX, FeatureStore, shard_name
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.settings import yaml_text
 from sonosco_mlflow.tracking.data_lock import private_lock
 from sonosco_mlflow.tracking.pipeline import share_settings
 
@@ -99,13 +99,11 @@ class KeptData:
 
 
 def _without_inputs(stages: Mapping[str, dict[str, object]]) -> str:
-    text = io.StringIO()
     outputs = {
         name: {"cmd": stage["cmd"], "outs": [output["path"] for output in stage["outs"]]}  # type: ignore[attr-defined]
         for name, stage in stages.items()
     }
-    YAML().dump({"stages": outputs}, text)
-    return text.getvalue()
+    return yaml_text({"stages": outputs})
 
 
 def kept_data_changes(one: KeptData, other: KeptData) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from sonosco_mlflow.canary import canary
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.decisive import decisive
-from sonosco_mlflow.settings import Scalar, settings_digest, settings_yaml
+from sonosco_mlflow.settings import Scalar, settings_digest, yaml_text
 from sonosco_mlflow.tracking.code_snapshot import CodeSnapshot, snapshot_code
 from sonosco_mlflow.tracking.environment import Environment, describe_environment
 from sonosco_mlflow.tracking.imported_code import is_installed
@@ -170,7 +170,7 @@ class Origin:
 
     def log_recipe(self, run: TrackedRun, folder: str = "") -> None:
         """Log the recipe as an artifact of ``run``; without a folder it is the one that the run goes on with."""
-        run.log_text(settings_yaml(self.settings), f"{folder}config/params.yaml")
+        run.log_text(yaml_text(self.settings), f"{folder}config/params.yaml")
 
 
 def data_digests(trainer: ModelTrainer, lineage: DataLineage) -> dict[str, str]:

@@ -24,6 +24,7 @@ from sonosco_mlflow.data.corpora import CORPORA
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError, nearest
 from sonosco_mlflow.sections import Corpus
+from sonosco_mlflow.settings import yaml_text
 from sonosco_mlflow.tracking.data_lock import CORPUS_STAGES, LAST_STAGE
 from sonosco_mlflow.tracking.dvc_command import remove_torn
 from sonosco_mlflow.tracking.file_lock import locked
@@ -163,8 +164,7 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
         code.symlink_to(os.path.relpath(project / "src", workspace))
     recipe = _as_written(_absolute(config, project), config, project)
     recipe["data"] |= {"processes": config.data.processes, "cluster": config.data.cluster}
-    yaml = YAML()
-    stages = yaml.load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = YAML(typ="safe").load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     chosen = {LAST_STAGE: stages[LAST_STAGE]}
     for name, corpus in config.data.corpora.items():
         for stage in CORPUS_STAGES:
@@ -174,8 +174,7 @@ def make_private(workspace: Path, config: Config, project: Path) -> None:
         source = _local_source(corpus, project)
         chosen[f"corpus-{name}"]["deps"] = code_of if source is None else [*code_of, str(source)]
     for file_name, content in {"dvc.yaml": {"stages": chosen}, "params.yaml": recipe}.items():
-        with (workspace / file_name).open("w", encoding="utf-8") as file:
-            yaml.dump(content, file)
+        (workspace / file_name).write_text(yaml_text(content), encoding="utf-8")
 
 
 def _as_written(recipe: dict[str, Any], config: Config, project: Path) -> dict[str, Any]:

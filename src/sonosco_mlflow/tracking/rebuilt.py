@@ -20,7 +20,8 @@ from sonosco_mlflow.console import say
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.digests import file_digest
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.settings import settings_yaml
+from sonosco_mlflow.processes import run_interruptibly
+from sonosco_mlflow.settings import yaml_text
 from sonosco_mlflow.tracking.code_archive import unpack
 from sonosco_mlflow.tracking.environment import NUMERICS, Environment
 from sonosco_mlflow.tracking.language_model import require_language_model
@@ -76,15 +77,8 @@ class Rebuilt:
     def _process(
         self, arguments: Sequence[str], variables: Mapping[str, str] | None = None, output: int | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [str(self.python), *arguments],
-            cwd=self.folder,
-            env={**self.variables(), **(variables or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            text=True,
-            check=False,
-        )
+        command = [str(self.python), *arguments]
+        return run_interruptibly(command, self.folder, {**self.variables(), **(variables or {})}, output)
 
     def canary(self, device: str) -> str:
         """Return what the arithmetic of this machine gives on a device in the environment of the run."""
@@ -121,7 +115,7 @@ def rebuild(segment: Segment, project: Path, folder: Path, manager: str, expecte
     if command.trains_recipe:
         restore_language_model(segment, settings, place)
         # A program of the user's has its own in its code: what it sets up need not be what that file holds.
-        (place / "params.yaml").write_text(settings_yaml(settings), encoding="utf-8")
+        (place / "params.yaml").write_text(yaml_text(settings), encoding="utf-8")
     environment = segment.environment()
     python = Path(sys.executable) if manager == "local" else _build_environment(environment, folder / "environment")
     has_data = _restore_data(segment, project.resolve(), place, expected_data)

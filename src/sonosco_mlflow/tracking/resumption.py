@@ -25,7 +25,7 @@ from sonosco_mlflow.tracking.metric_rows import metric_records
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.segments import BRANCH, Segment, newest_segment
-from sonosco_mlflow.tracking.store import download, find_run, is_away
+from sonosco_mlflow.tracking.store import download, find_run, find_training, is_away
 from sonosco_mlflow.tracking.tags import (
     CANARY,
     CODE_DIGEST,
@@ -93,11 +93,7 @@ class Resumption:
         unknown = sorted(set(allowed) - set(identity.CHANGES))
         if unknown:
             raise UserError(f"there is no change '{unknown[0]}' to allow; {nearest(unknown[0], identity.CHANGES)}")
-        run = find_run(run_id)
-        if run.data.tags.get(KIND) != "train":
-            raise UserError(
-                f"run {run_id} is no training: its tag {KIND} is {run.data.tags.get(KIND)!r}; only those continue"
-            )
+        run = find_training(run_id)
         tracked = TrackedRun.find(run)
         lease = Lease.take(run_id)
         lease.start()

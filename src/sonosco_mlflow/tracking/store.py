@@ -20,6 +20,7 @@ from mlflow.protos import databricks_pb2
 from sonosco_mlflow.errors import UserError
 from sonosco_mlflow.tracking.file_lock import locked
 from sonosco_mlflow.tracking.secrecy import without_secrets
+from sonosco_mlflow.tracking.tags import KIND
 
 _COPIES = (".dvc", "tmp", "exps")
 # Of a run that there is not, and of an id that can be none's.
@@ -124,6 +125,21 @@ def find_run(run_id: str) -> Run:
             f"the tracking store {_address()} does not tell of run '{run_id}': {without_secrets(str(error))}; if it "
             "wants to know who asks, set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
         ) from error
+
+
+def find_training(run_id: str) -> Run:
+    """Return a training run by its id.
+
+    Raises:
+        UserError: as :func:`find_run`, or the run is another one: an evaluation, a sweep, none of ours.
+    """
+    run = find_run(run_id)
+    if run.data.tags.get(KIND) != "train":
+        raise UserError(
+            f"run {run_id} is no training: its tag {KIND} is {run.data.tags.get(KIND)!r}; `sonosco show` lists those "
+            "that are"
+        )
+    return run
 
 
 def _address() -> str:

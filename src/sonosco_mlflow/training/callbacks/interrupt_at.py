@@ -13,7 +13,7 @@ class InterruptAt(Callback, is_part_of_trainer=False):
     """Interrupts the process after an optimizer step, as Ctrl-C does: the state is saved, and knows nothing of it.
 
     Args:
-        step: the optimizer step.
+        step: the optimizer step; a training that stands behind it already is interrupted after its next one.
     """
 
     def __init__(self, step: int) -> None:
@@ -21,5 +21,5 @@ class InterruptAt(Callback, is_part_of_trainer=False):
 
     def on_step_end(self, trainer: "ModelTrainer") -> None:
         """Ask for the interrupt; the trainer obeys it at its next safe point."""
-        if trainer.progress.step == self.step:
+        if trainer.progress.step >= self.step:
             signal.raise_signal(signal.SIGINT)
