@@ -1,15 +1,22 @@
 """What the documents say of keys, settings and files is what the code has."""
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from ruamel.yaml import YAML
 
+from rich_trainer import maker
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.models import MODELS, model_settings
 from sonosco_mlflow.sections import Corpus
+from sonosco_mlflow.testing import assert_exact_resume
+from sonosco_mlflow.training import callbacks
+from sonosco_mlflow.training.callbacks import History
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,3 +89,31 @@ def test_what_a_document_links_to_is_there(document: Path) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_the_documented_callback_has_all_its_state(tone_manifest: Manifest) -> None:
+    text = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    module = ModuleType("documented_callback")
+    sys.modules[module.__name__] = module
+    try:
+        exec(program, module.__dict__)
+        make_trainer = maker(
+            tone_manifest, callbacks=lambda model: [History(), module.BestSoFar("val_word_error_rate")], epochs=3
+        )
+        trainer = make_trainer()
+        trainer.start_training()
+        (history,) = (callback for callback in trainer.callbacks if isinstance(callback, History))
+        found, best = (history.curve(name)[1] for name in ("val_word_error_rate", "best_val_word_error_rate"))
+        assert best == [min(found[: index + 1]) for index in range(len(found))]
+        assert_exact_resume(make_trainer)
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_every_event_and_every_callback_is_documented() -> None:
+    text = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
+    events = [name for name, value in vars(callbacks.Callback).items() if callable(value) and name[0] != "_"]
+    assert "on_safe_point" in events
+    for name in (*events, *callbacks.__all__):
+        assert re.search(rf"\b{name}\b", text), name

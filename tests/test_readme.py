@@ -45,6 +45,26 @@ def test_the_example_trains_is_tracked_and_continues(project: Path) -> None:
     assert run.data.params["config.size"] == "64"
 
 
+def test_the_example_goes_on_with_its_run(project: Path) -> None:
+    example = python_blocks()[0]
+    created = 'Experiment.create({"size": 64}, serializer=Serializer())'
+    assert example.count(created) == 1
+    assert example.count("epochs=2") == 1
+    program = example.split("trainer = Deserializer()")[0]
+    program = program.replace(created, f"Experiment.resume(sys.argv[1]) if sys.argv[1:] else {created}")
+    program = program.replace("epochs=2", "epochs=2 + len(sys.argv[1:])")
+    script = project / "example.py"
+    script.write_text(f"import sys\n{program}\nprint(experiment.run.id)\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(README.parent / "src"), "OMP_NUM_THREADS": "1"}
+    arguments: list[str] = []
+    for rows in (2, 3):
+        command = [sys.executable, str(script), *arguments]
+        result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        arguments = result.stdout.split()[-1:]
+        assert len(mlflow.MlflowClient().get_metric_history(arguments[0], "val_sentence_error_rate")) == rows
+
+
 @pytest.mark.skipif(Path(sys.prefix) != README.parent / ".venv", reason="the environment is another than make's")
 def test_python_in_makes_environment_finds_the_package_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", "import sonosco_mlflow; print(sonosco_mlflow.__file__)"]
