@@ -141,6 +141,9 @@ def test_the_units_of_a_processor_are_known(monkeypatch: pytest.MonkeyPatch) -> 
     for unit, wanted in {"amx_bf16": "bfloat16", "avx512_bf16": "bfloat16", "amx_fp16": "float16"}.items():
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda unit=unit: {unit: True})
         assert [name for name in ("bfloat16", "float16") if precision.has_units(name, CPU)] == [wanted]
+    # An LSTM could not be computed.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": True})
+    assert not precision.has_units("float16", CPU)
     for capability, found in {(7, 5): ["float16"], (8, 0): ["bfloat16", "float16"], (6, 1): []}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
         device = torch.device("cuda")
