@@ -27,8 +27,13 @@ def test_what_a_process_prints_and_how_it_ends_come_back(tmp_path: Path) -> None
 
 
 def test_an_interrupt_is_passed_on_and_what_is_saved_is_waited_for(tmp_path: Path) -> None:
-    # To this thread, whose waiting it breaks off.
-    threading.Timer(1.5, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_interruptibly([sys.executable, "-c", SAVES], tmp_path)
+    # A shell has what it runs in the background ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        # To this thread, whose waiting it breaks off.
+        threading.Timer(1.5, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_interruptibly([sys.executable, "-c", SAVES], tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "saved").read_text() == "state"
