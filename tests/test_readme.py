@@ -18,6 +18,15 @@ def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
+def said_by(script: Path, *arguments: str) -> list[str]:
+    """Run a program with this package, beside which its data lies, and return the words that it prints."""
+    command = [sys.executable, "-W", "error::FutureWarning", str(script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(README.parent / "src"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_store: str) -> Path:
     """A folder with the manifests that the README's example reads."""
@@ -31,12 +40,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_store: str
 def test_the_example_trains_is_tracked_and_continues(project: Path) -> None:
     script = project / "example.py"
     script.write_text(python_blocks()[0] + "\nprint(experiment.run.id, trainer.progress.epoch)\n", encoding="utf-8")
-    command = [sys.executable, "-W", "error::FutureWarning", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(README.parent / "src"), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-    run_id, epoch = result.stdout.split()[-2:]
+    run_id, epoch = said_by(script)[-2:]
     assert epoch == "3"
     run = mlflow.get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -55,13 +59,9 @@ def test_the_example_goes_on_with_its_run(project: Path) -> None:
     program = program.replace("epochs=2", "epochs=2 + len(sys.argv[1:])")
     script = project / "example.py"
     script.write_text(f"import sys\n{program}\nprint(experiment.run.id)\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(README.parent / "src"), "OMP_NUM_THREADS": "1"}
     arguments: list[str] = []
     for rows in (2, 3):
-        command = [sys.executable, str(script), *arguments]
-        result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        arguments = result.stdout.split()[-1:]
+        arguments = said_by(script, *arguments)[-1:]
         assert len(mlflow.MlflowClient().get_metric_history(arguments[0], "val_sentence_error_rate")) == rows
 
 
