@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -292,3 +294,22 @@ def test_a_command_leaves_the_handling_of_signals_as_it_was(
     assert sonosco(monkeypatch, "resume", "ab12") == 0
     assert asked_to_resume
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+CRASHES = """
+import ctypes
+from sonosco_mlflow import cli
+
+def at_home_in_a_library(*arguments, **options):
+    ctypes.string_at(0)
+
+cli.app = at_home_in_a_library
+cli.main()
+"""
+
+
+def test_a_crash_in_a_library_says_where_it_came() -> None:
+    process = subprocess.run([sys.executable, "-c", CRASHES], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in process.stderr
+    assert "in at_home_in_a_library" in process.stderr

@@ -120,6 +120,28 @@ def test_as_many_frames_as_tokens_are_still_frames(monkeypatch: pytest.MonkeyPat
     assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["A", "B", "C"]
 
 
+def test_of_many_tokens_those_are_drawn_that_were_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(evaluation, "png", figures.append)
+    tokenizer = CharacterTokenizer.of([chr(65 + letter) for letter in range(26)])
+    posteriors = torch.zeros(9, tokenizer.vocabulary_size)
+    (a,), (z,) = tokenizer.encode("A"), tokenizer.encode("Z")
+    posteriors[:, a], posteriors[3, z] = 0.9, 0.02
+    model = DecodesFrames([a], posteriors)
+    alignment_picture(model, tokenizer, sample("A"))
+    (shown,) = figures[0].axes[0].images
+    assert shown.get_array().tolist() == posteriors.T[[0, a, z]].tolist()
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["BLANK", "A", "Z"]
+
+
+def test_a_model_is_drawn_in_the_modes_that_it_has() -> None:
+    model = Decodes([5], torch.rand(1, 7))
+    model.train()
+    model.frozen = nn.Dropout().eval()
+    alignment_picture(model, CharacterTokenizer.of(["A"]), sample("A"))  # type: ignore[arg-type]
+    assert (model.training, model.frozen.training) == (True, False)
+
+
 def test_the_longest_of_compared_features_is_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(evaluation, "png", figures.append)

@@ -51,7 +51,7 @@ from sonosco_mlflow.tracking.origin import Origin
 from sonosco_mlflow.tracking.segments import newest_segment
 from sonosco_mlflow.tracking.store import download
 from sonosco_mlflow.tracking.tags import OWNER
-from sonosco_mlflow.training.callbacks import Callback, EarlyStopping
+from sonosco_mlflow.training.callbacks import Callback, CheckpointAverage, EarlyStopping
 from sonosco_mlflow.training.callbacks.base import is_timing
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 from sonosco_mlflow.training.interruption import LeaveAtOnce
@@ -550,6 +550,23 @@ def test_a_trainer_that_is_made_otherwise_is_refused_though_settings_and_code_ar
     assert look(stopped.run.id) == before
 
 
+def test_where_checkpoints_are_averaged_others_are_another_trainer(tone_manifest: Manifest, project: Path) -> None:
+    def trainer(**kept: Any) -> ModelTrainer:
+        made = toy_trainer(tone_manifest, *averages, stop_at=5)
+        for name, value in kept.items():
+            setattr(made.callbacks[-1], name, value)
+        return made
+
+    averages: list[Callback] = []
+    run_id = run_experiment(trainer(), project).run.id
+    go_on(run_id, trainer(every_steps=2), project)
+    averages = [CheckpointAverage("last", 2)]
+    run_id = run_experiment(trainer(), project).run.id
+    with pytest.raises(UserError, match=r"trainer: callbacks\.\d\.every_steps was 4, is 2(?s:.*)--allow-config-change"):
+        go_on(run_id, trainer(every_steps=2), project)
+    go_on(run_id, trainer(), project)
+
+
 def with_another(trainer: ModelTrainer, name: str, value: object) -> ModelTrainer:
     setattr(trainer, name, value)
     return trainer
@@ -808,7 +825,7 @@ def test_a_second_interrupt_while_stopping_leaves_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it went on saving")
 
-    monkeypatch.setattr(ModelCheckpoint, "save", save)
+    monkeypatch.setattr(ModelCheckpoint, "saved", save)
     stdout = sys.stdout
     experiment = Experiment.create(SETTINGS, project=project, name="toy")
     trainer = toy_trainer(tone_manifest, stop_at=2)
@@ -898,7 +915,7 @@ def test_a_stop_that_cannot_save_ends_the_run_as_failed(
     with pytest.raises(KeyboardInterrupt):
         experiment.start()
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(ModelCheckpoint, "save", Mock(side_effect=full))
+    monkeypatch.setattr(ModelCheckpoint, "saved", Mock(side_effect=full))
     with pytest.raises(OSError, match="No space left"):
         experiment.stop()
     run = mlflow.get_run(experiment.run.id)

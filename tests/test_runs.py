@@ -11,10 +11,12 @@ import pytest
 import soundfile
 
 from project import make_data, make_project, run
+from sonosco_mlflow import trained
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.data.stages import DataFolder
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.outcome import Outcome, report
 from sonosco_mlflow.runs import resume, train
 from sonosco_mlflow.serialization.checkpoint import checkpoints_in
@@ -158,6 +160,27 @@ def test_an_evaluation_derives_the_same_numbers_from_what_was_kept(
     assert set(recognizer_of(outcome.run_id, project).transcribe_file(next(project.glob("tones/*.wav")))) <= set(
         ALPHABET
     )
+
+
+def test_an_evaluation_computes_where_its_run_did_or_says_nothing_of_equal_bits(
+    project: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verdicts() -> list[str | None]:
+        query = f"tags.`mlflow.parentRunId` = '{outcome.run_id}'"
+        found = mlflow.MlflowClient().search_runs(["0"], query, order_by=["attributes.start_time ASC"])
+        return [child.data.tags.get("sonosco.reproduced") for child in found]
+
+    def absent(device: str) -> None:
+        raise UserError(f"there is no {device}")
+
+    moved: list[object] = []
+    monkeypatch.setattr(SpeechModel, "to", lambda model, device: moved.append(device))
+    evaluate(outcome.run_id, project, prepare=False)
+    monkeypatch.setattr(trained, "require_device", absent)
+    evaluate(outcome.run_id, project, prepare=False)
+    assert moved == ["cpu"]
+    assert verdicts() == ["true", None]
+    assert "evaluated on the CPU, whose last bits are others: there is no cpu" in capsys.readouterr().err
 
 
 def test_what_the_training_did_not_evaluate_is_not_compared(project: Path, outcome: Outcome) -> None:

@@ -38,6 +38,17 @@ def whole_number(found: object, place: str) -> int:
     return int(text)
 
 
+def require_positive(owner: str, **numbers: float | None) -> None:
+    """Return if each of the named numbers is above 0, or None.
+
+    Raises:
+        UserError: one is not; the message names it and its ``owner``.
+    """
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise UserError(f"{name} of {owner} is {number}, expected a number above 0")
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return the clause that names the nearest valid choice and, where they are few, all of them.
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 from torch import Tensor
@@ -16,12 +15,15 @@ from sonosco_mlflow.models.base import SpeechModel
 from sonosco_mlflow.models.ctc import CTCModel
 from sonosco_mlflow.pictures import png
 from sonosco_mlflow.text import SpecialToken, Tokenizer
+from sonosco_mlflow.training.inspection import undisturbed
 from sonosco_mlflow.training.validation import Validation
 
 Curve = tuple[Sequence[int], Sequence[float]]
 
 # A loss that falls to less than one part in so many is drawn on a logarithmic scale, which has an end, too.
 _FAR, _TOO_FAR = 5.0, 1e9
+# A token that no frame gives as much has no line in a picture of CTC's posteriors.
+_HEARD = 0.01
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,18 @@ def compared_features(pictures: Mapping[str, Tensor], title: str) -> bytes:
 
 def alignment_picture(model: SpeechModel, tokenizer: Tokenizer, sample: Sample) -> bytes:
     """Return a PNG of where ``model`` looked while it decoded ``sample``: attention weights, or CTC posteriors."""
-    mode = model.training
-    model.eval()
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with undisturbed(model):
         hypothesis = model.decode(collate([sample]).to(device))[0]
-    model.train(mode)
-    special = {int(token): token.name for token in SpecialToken}
-    labels = [special.get(token) or tokenizer.decode([token]) for token in range(tokenizer.vocabulary_size)]
-    steps = [tokenizer.decode([token]) for token in hypothesis.tokens]
-    weights = hypothesis.alignment.cpu()
+    weights, tokens = hypothesis.alignment.cpu(), hypothesis.tokens
     if isinstance(model, CTCModel):
-        weights, steps = weights.T, labels
+        # Of ten thousand word pieces an utterance has a few.
+        heard = weights.amax(dim=0) >= _HEARD
+        heard[SpecialToken.BLANK] = True
+        tokens = heard.nonzero()[:, 0].tolist()
+        weights = weights[:, heard].T
+    special = {int(token): token.name for token in SpecialToken}
+    steps = [special.get(token) or tokenizer.decode([token]) for token in tokens]
     figure = Figure(figsize=(8, max(3.0, 0.16 * len(weights))), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)

@@ -52,6 +52,7 @@ from sonosco_mlflow.tracking.secrecy import require_no_secrets
 from sonosco_mlflow.tracking.segments import BRANCH
 from sonosco_mlflow.tracking.store import connect, download
 from sonosco_mlflow.tracking.tags import FIRST_STEP, FOLDER, WEIGHTS_DIGEST
+from sonosco_mlflow.training.callbacks.averages import CheckpointAverage, are_known
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.history import History
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
@@ -251,8 +252,9 @@ class Experiment:
             if self._checkpoint not in trainer.callbacks:
                 # Last, so that what it saves is what the others decided.
                 trainer.callbacks.append(self._checkpoint)
-        models = CheckpointModels(self.run, trained_recognizer(trainer))
-        self.opened.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard, follow=models.follow)
+        models = CheckpointModels(self.run, trained_recognizer(trainer)) if are_known(trainer.callbacks) else None
+        follow = None if models is None else models.follow
+        self.opened.recording.attach(trainer, self._checkpoint, tensorboard=tensorboard, follow=follow)
         if self.resumption is None:
             provenance.log_data(self.run)
             if trainer.progress.step:
@@ -342,7 +344,7 @@ class Experiment:
         if not self.is_open or self._checkpoint is None or not trainer.at_safe_point:
             return
         try:
-            self._checkpoint.save(trainer)
+            self._checkpoint.saved(trainer)
         except Exception as error:
             self.opened.close("failed", error)
             raise
@@ -388,14 +390,18 @@ class Experiment:
             self.test = with_intervals(trainer.evaluate(self._test_loader, "test_", decoder), "test_")
             # No checkpoint counts it: a resume makes it again.
             self.opened.recording.journal.write(trainer.position, trainer.progress.step, self.test.metrics)
-        weights = None if self._checkpoint is None else self._checkpoint.save(trainer) / "model.safetensors"
+        weights = None if self._checkpoint is None else self._checkpoint.saved(trainer) / "model.safetensors"
         self.opened.complete(partial(self._show, trainer, weights))
 
     def _show(self, trainer: ModelTrainer, weights: Path | None) -> None:
         """Write to the run what it is when it has come to its end; again, where a server went away meanwhile."""
         if weights is not None:
             self.run.set_tags({WEIGHTS_DIGEST: hashlib.sha256(weights.read_bytes()).hexdigest()})
-        shown = (self.history, self.test, self._test_loader, self._registered_model, self._search)
+        validation = trainer.validation
+        if trainer.val_loader is not None and _own(trainer, CheckpointAverage) is not None:
+            # The last one was of the weights of its step; what is shown and registered is the mean.
+            validation = trainer.evaluate(trainer.val_loader, "val_")
+        shown = (self.history, validation, self.test, self._test_loader, self._registered_model, self._search)
         with trainer.evaluated_weights():
             log_results(self.run, trainer, *shown)
 

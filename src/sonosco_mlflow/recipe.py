@@ -63,7 +63,7 @@ def check_recipe(config: Config) -> dict[str, object]:
     require_no_secrets(config.model_dump(mode="json"))
     settings = model_settings(config.model.name, config.model.preset, config.model.settings)
     make_processor(config.features)
-    _check_device(config.training.device)
+    require_device(config.training.device)
     waveform_augmentations(config.augment, config.features.sample_rate)
     if config.tokenizer.sampling and config.tokenizer.kind == "characters":
         raise UserError(
@@ -81,7 +81,12 @@ def check_recipe(config: Config) -> dict[str, object]:
     return settings
 
 
-def _check_device(name: str) -> None:
+def require_device(name: str) -> None:
+    """Return if something can be computed on the device of that name.
+
+    Raises:
+        UserError: there is none here.
+    """
     try:
         # Read back: the meta device makes tensors without content.
         torch.zeros(1, device=name).item()

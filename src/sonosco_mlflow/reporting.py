@@ -25,6 +25,7 @@ def log_results(
     run: TrackedRun,
     trainer: ModelTrainer,
     history: History,
+    validation: Validation | None,
     test: Validation | None,
     test_loader: AudioDataLoader | None,
     registered_model: str | None,
@@ -36,14 +37,15 @@ def log_results(
         run: where to.
         trainer: what has trained.
         history: every metric.
+        validation: what the trained model is worth in validation, by which it is ranked, or None.
         test: the evaluation after training, if there was one.
         test_loader: its utterances.
         registered_model: of which the trained model becomes a version, or None.
         search: how the trained model decodes.
     """
-    for name, validation in (("validation", trainer.validation), ("test", test)):
-        if validation is not None and validation.hypotheses:
-            results = utterance_results(validation)
+    for name, found in (("validation", validation), ("test", test)):
+        if found is not None and found.hypotheses:
+            results = utterance_results(found)
             run.log_table([vars(result) for result in results], f"evaluation/{name}_hypotheses.json")
     curves = {name: history.curve(name) for name in history.names()}
     run.log_bytes(learning_curves(curves), "evaluation/learning_curves.png")
@@ -58,6 +60,6 @@ def log_results(
     if recognizer is not None:
         with tempfile.TemporaryDirectory() as scratch:
             model_id = log_recognizer(recognizer, trainer.progress.step, Path(scratch))
-        if registered_model is not None and trainer.validation is not None and trainer.val_loader is not None:
+        if registered_model is not None and validation is not None and trainer.val_loader is not None:
             digest = trainer.val_loader.dataset.manifest.digest
-            register_model(run, model_id, registered_model, trainer.validation, digest)
+            register_model(run, model_id, registered_model, validation, digest)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,8 @@ def sweep(
         # Two that begin a sweep of one name at once are to have one run.
         with locked(project / ".sonosco" / "sweeps.lock"):
             study = _open_study(plan, config, project, name)
+            # By the order of the keys trials have their numbers: it is that of the beginning, however they come now.
+            plan = replace(plan, space={key: space[key] for key in study.user_attrs[_PROMISE]["space"]})
             parent = stack.enter_context(_parent(study, config, name))
         recipe = project / "runs" / folder_name(f"sweep-{name}", parent.id) / "params.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +182,8 @@ def _open_study(plan: _Plan, recipe: Config, project: Path, name: str) -> optuna
         raise UserError(
             f"the sweep '{name}' was begun with another {' and '.join(differing)}; give it back, or take another --name"
         )
-    study.set_user_attr(_PROMISE, promise)
+    if known is None:
+        study.set_user_attr(_PROMISE, promise)
     return study
 
 

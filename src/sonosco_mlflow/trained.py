@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from sonosco_mlflow import determinism
 from sonosco_mlflow.config import Config
+from sonosco_mlflow.console import say
 from sonosco_mlflow.data.corpora.splits import SPLITS
 from sonosco_mlflow.decoding.text import TextDecoder
 from sonosco_mlflow.errors import UserError, nearest
@@ -15,7 +16,7 @@ from sonosco_mlflow.evaluation import metrics_table, utterance_results, with_int
 from sonosco_mlflow.language_models import search_of
 from sonosco_mlflow.metrics import character_error_rate, word_error_rate
 from sonosco_mlflow.outcome import Outcome, report, write_json
-from sonosco_mlflow.recipe import build_loader
+from sonosco_mlflow.recipe import build_loader, require_device
 from sonosco_mlflow.serving.logging import load_recognizer
 from sonosco_mlflow.serving.recognizer import SpeechRecognizer
 from sonosco_mlflow.settings import flatten
@@ -42,8 +43,8 @@ def evaluate(
     """Evaluate the model that run ``run_id`` kept, on a run of its own below that one, and print what came of it.
 
     The numbers are derived again from what MLflow and DVC kept: nothing of the training process is left. Where the
-    run already holds them and is decoded as it was, the tag ``sonosco.reproduced`` says whether they are equal to the
-    last bit.
+    run already holds them, is decoded as it was, and has a device of its kind here, the tag ``sonosco.reproduced`` says
+    whether they are equal to the last bit.
 
     Args:
         run_id: a finished training run.
@@ -74,6 +75,7 @@ def evaluate(
             folder = prepare_data(config, project) if prepare else ready_data(config, project)
             lineage = DataLineage.of_folder(folder, recordings=config.augment.reads_recordings)
             _require_same_data(lineage, parent.info.run_id, parent.data.tags.get(DATA_DIGEST))
+            is_at_home = _move_to(recognizer, config.training.device)
             loader = build_loader(config, folder, split)
             search = search_of(config, loader.tokenizer, project, Path(scratch), segment)
             run.log_parameters(dict(flatten({"decoding": config.decoding.model_dump(mode="json")})))
@@ -93,7 +95,7 @@ def evaluate(
             run.log_table([vars(row) for row in table], f"evaluation/{split}_hypotheses.json")
             run.log_dataset(split, lineage.manifests[split], folder.manifest(split), context=split)
             recorded = {key: value for key, value in parent.data.metrics.items() if key in validation.metrics}
-            if recorded and config.decoding == recorded_recipe.decoding:
+            if is_at_home and recorded and config.decoding == recorded_recipe.decoding:
                 equal = all(repr(storable(validation.metrics[key])) == repr(value) for key, value in recorded.items())
                 run.set_tags({REPRODUCED: str(equal).lower()})
             run.describe(f"Evaluation of run `{run_id}` on its {split} split.\n\n{metrics_table(validation.metrics)}")
@@ -131,6 +133,17 @@ def recognizer_of(
             config = _decoded_otherwise(recorded, {"decoding.beam": str(beam), **(overrides or {})})
             recognizer.search = search_of(config, recognizer.tokenizer, project, Path(scratch), segment, n_best)
     return recognizer
+
+
+def _move_to(recognizer: SpeechRecognizer, device: str) -> bool:
+    """Have ``recognizer`` compute where its run did, and return whether that can be had; else it stays on the CPU."""
+    try:
+        require_device(device)
+    except UserError as error:
+        say(f"evaluated on the CPU, whose last bits are others: {error}")
+        return False
+    recognizer.model.to(device)
+    return True
 
 
 def run_of(file: Path) -> str:

@@ -18,7 +18,7 @@ from project import Project, make_project, with_artifacts
 from sonosco_mlflow import sweep
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.errors import UserError
-from sonosco_mlflow.search_space import Space, draw, read_space
+from sonosco_mlflow.search_space import Space, combination, draw, read_space
 from sonosco_mlflow.sweep import SweepResult
 from sonosco_mlflow.tracking.mlflow_run import TrackedRun
 from sonosco_mlflow.tracking.tags import STATE
@@ -56,6 +56,37 @@ def test_a_trial_that_was_cut_off_while_it_was_noted_is_trained_with_all_its_val
     assert tried == []
     begin(tmp_path, space)
     assert tried == [draw(space, 0, seed=0)]
+
+
+@pytest.mark.usefixtures("tracking_store")
+@pytest.mark.parametrize("trials", [None, 4], ids=["grid", "drawn"])
+def test_a_sweep_that_goes_on_tries_the_same_in_whatever_order_its_keys_are_given(
+    trials: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dimensions = ["training.seed=1,2", "optimizer.lr=0.1,0.2"]
+    tried: list[dict[str, object]] = []
+    goes_on = threading.Event()
+
+    def train(run_id: str, settings: dict[str, object], *_: object) -> None:
+        if len(tried) == 2 and not goes_on.is_set():
+            raise KeyboardInterrupt
+        tried.append(settings)
+        mlflow.MlflowClient().log_metric(run_id, sweep.OBJECTIVE, 0.25)
+        mlflow.MlflowClient().set_tag(run_id, STATE, "finished")
+
+    def begin_with(dimensions: list[str]) -> SweepResult:
+        recipe = Config.resolve({}, {"tracking.experiment": tmp_path.name})
+        return sweep.sweep(recipe, read_space(dimensions), tmp_path, name="turned", trials=trials)
+
+    monkeypatch.setattr(sweep, "_train", train)
+    with pytest.raises(KeyboardInterrupt):
+        begin_with(dimensions)
+    goes_on.set()
+    result = begin_with(dimensions[::-1])
+    space = read_space(dimensions)
+    expected = [combination(space, n) if trials is None else draw(space, n, seed=0) for n in range(4)]
+    assert tried == expected
+    assert [trial.settings for trial in result.trials] == expected
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -11,11 +11,14 @@ from experiments import go_on, new_project, rows, run_experiment, toy_trainer
 from sonosco_mlflow.config import Config
 from sonosco_mlflow.data.manifest import Manifest
 from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.experiment import Experiment
 from sonosco_mlflow.recipe import build_checkpoints, check_recipe
 from sonosco_mlflow.serialization.checkpoint import BrokenCheckpointError, checkpoints_in, read_checkpoint
 from sonosco_mlflow.serialization.serializer import Deserializer
+from sonosco_mlflow.tracking.store import models_of
 from sonosco_mlflow.training.averaging import borrowed_weights, evaluated_state, floating, mean_weights
 from sonosco_mlflow.training.callbacks import Callback, CheckpointAverage, ExponentialAverage, ModelCheckpoint
+from sonosco_mlflow.training.callbacks.averages import are_known
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation, evaluate
 from toy import ToyModel, tone_loader
@@ -301,3 +304,85 @@ def test_a_recipe_averages_in_one_way() -> None:
     both = Config.resolve({}, {"training.average": "last", "training.ema_decay": "0.99"})
     with pytest.raises(UserError, match=r"training\.ema_decay: found 0\.99 beside training\.average 'last'"):
         check_recipe(both)
+
+
+class _Stateful(ToyModel):
+    """Its state has an entry that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_what_is_no_tensor_is_left_out_of_a_mean() -> None:
+    torch.manual_seed(0)
+    states = [_Stateful().state_dict() for _ in range(2)]
+    assert set(mean_weights(states)) == set(floating(_Stateful()))
+
+
+def test_a_mean_is_of_the_training_that_is_there(tone_manifest: Manifest, tmp_path: Path) -> None:
+    means = []
+    trainers = [
+        trainer_of(tone_manifest, CheckpointAverage("last", 2), ModelCheckpoint(tmp_path / str(seed)), seed=seed)
+        for seed in (0, 1)
+    ]
+    for trainer in trainers:
+        trainer.start_training()
+        with trainer.evaluated_weights():
+            means.append(floating(trainer.model)["inner.weight"].clone())
+    one, other = trainers
+    one.load_state_dict(other.state_dict())
+    one.callbacks[-1].directory = other.callbacks[-1].directory  # type: ignore[attr-defined]
+    with one.evaluated_weights():
+        found = floating(one.model)["inner.weight"].clone()
+    assert torch.equal(found, means[1])
+    assert not torch.equal(found, means[0])
+
+
+class Polyak(ExponentialAverage):
+    """The same, by another name."""
+
+
+def test_two_averages_of_one_class_are_one_too_many(tone_manifest: Manifest) -> None:
+    trainer = trainer_of(tone_manifest, ExponentialAverage(0.5), ExponentialAverage(0.9))
+    with pytest.raises(UserError, match="ExponentialAverage and ExponentialAverage both average the weights"):
+        trainer.start_training()
+
+
+@pytest.mark.parametrize(
+    ("callback", "known"),
+    [
+        (ExponentialAverage(), True),
+        (CheckpointAverage(), True),
+        (Weights(), True),
+        (Polyak(), False),
+        (_Other(), False),
+    ],
+)
+def test_a_checkpoint_is_no_model_of_metrics_whose_weights_cannot_be_found_in_it(
+    callback: Callback, known: bool, tone_manifest: Manifest, tmp_path: Path, tracking_store: str
+) -> None:
+    assert are_known([Weights(), callback]) == known
+    if isinstance(callback, CheckpointAverage):
+        callback = CheckpointAverage("last", 2)
+    experiment = run_experiment(toy_trainer(tone_manifest, callback, epochs=1), new_project(tmp_path))
+    models = [model for model in models_of(experiment.run.id) if "sonosco.checkpoint" in model.tags]
+    assert bool(models) == known
+
+
+def test_what_is_registered_is_ranked_by_the_mean_that_it_is(
+    tone_manifest: Manifest, tmp_path: Path, tracking_store: str
+) -> None:
+    trainer = toy_trainer(tone_manifest, CheckpointAverage("last", 2), epochs=2)
+    experiment = Experiment.create({"size": 1}, project=new_project(tmp_path))
+    experiment.setup_model_trainer(trainer, registered_model="averaged")
+    ranked: list[Validation | None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sonosco_mlflow.experiment.log_results", lambda *shown: ranked.append(shown[3]))
+        experiment.start()
+    assert trainer.val_loader is not None
+    assert trainer.validation is not None
+    assert ranked == [trainer.evaluate(trainer.val_loader, "val_")]
+    assert ranked != [trainer.validation]

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from sonosco_mlflow.training.callbacks import (
     InverseSquareRootDecay,
     LayerGradientNorms,
     LinearWarmUp,
+    ModelCheckpoint,
     PlateauLearningRateReduction,
     ProgressBar,
     ScheduledLearningRateReduction,
@@ -42,6 +44,8 @@ from sonosco_mlflow.training.callbacks.text_comparison import comparison_table
 from sonosco_mlflow.training.trainer import ModelTrainer
 from sonosco_mlflow.training.validation import Validation
 from toy import ToyModel, tone_loader
+
+PERIODS = ("every_steps", "every_minutes", "every_epochs", "keep_every_steps")
 
 
 class Standing:
@@ -198,6 +202,20 @@ def test_a_floor_above_the_base_rate_raises_nothing() -> None:
 def test_a_factor_or_floor_out_of_range_is_refused(factor: float, floor: float) -> None:
     with pytest.raises(UserError, match="of StepwiseLearningRateReduction is"):
         StepwiseLearningRateReduction(1, factor, floor)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (StepwiseLearningRateReduction, "every_epochs"),
+        (LayerGradientNorms, "every_steps"),
+        *((lambda value, name=name: ModelCheckpoint(**{name: value}), name) for name in PERIODS),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -2])
+def test_a_period_that_never_comes_is_refused(make: Callable[[int], Callback], name: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"{name} of .* is {value}, expected a number above 0"):
+        make(value)
 
 
 def test_factors_multiply_on_the_base_rate_of_each_group(tone_manifest: Manifest) -> None:

@@ -632,3 +632,32 @@ def test_an_end_off_the_schedule_is_kept_until_more_epochs_come(tone_manifest: M
             trainer.continue_training()
         found.append(steps_in(folder))
     assert found[0] == found[1] == [8, 16, 24]
+
+
+class SavesWithinAStep(Callback):
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        keeper = trainer.callbacks[-1]
+        assert isinstance(keeper, ModelCheckpoint)
+        keeper.save(trainer)
+
+
+def test_a_save_in_the_middle_of_a_step_is_refused(tone_manifest: Manifest, checkpoints: Path) -> None:
+    trainer = new_trainer(tone_manifest, SavesWithinAStep(), ModelCheckpoint(checkpoints))
+    with pytest.raises(UserError, match=r"in the middle of a step.* save in on_safe_point"):
+        trainer.start_training()
+    assert steps_in(checkpoints) == [0]
+
+
+def test_a_save_writes_what_there_is_now(tone_manifest: Manifest, checkpoints: Path) -> None:
+    keeper = ModelCheckpoint(checkpoints)
+    trainer = new_trainer(tone_manifest, keeper, epochs=1)
+    trainer.start_training()
+    trainer.epochs = 5
+    with torch.no_grad():
+        trainer.model.get_parameter("inner.bias").fill_(0.25)
+    path = keeper.save(trainer)
+    read = read_checkpoint(path)
+    assert read.objects["parameters"]["epochs"] == 5
+    assert read.state["model"]["inner.bias"].unique().tolist() == [0.25]
+    keeper.directory = checkpoints.with_name("elsewhere")
+    assert read_checkpoint(keeper.save(trainer)).step == trainer.progress.step

@@ -135,3 +135,27 @@ def test_a_missing_parameter_is_refused() -> None:
     recipe = OptimizerRecipe.of(two_groups(model), model)
     with pytest.raises(UserError, match=r"no parameter '2\.weight'"):
         recipe.build(nn.Sequential(nn.Linear(3, 4)))
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=["counted on the CPU", "counted there"])
+def test_a_state_lies_on_another_device_as_torch_has_it_there(options: dict[str, bool]) -> None:
+    model = nn.ParameterDict({"scale": torch.tensor(1.0), "weight": torch.ones(2)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    (model["scale"] * model["weight"].sum()).backward()
+    optimizer.step()
+    # It stands in for a GPU: tensors have a device there, and no content.
+    there = nn.ParameterDict({"scale": torch.tensor(1.0), "weight": torch.ones(2)}).to("meta")
+    expected = torch.optim.AdamW(there.parameters(), lr=0.1)
+    expected.load_state_dict(optimizer.state_dict())
+    found = torch.optim.AdamW(there.parameters(), lr=0.1)
+    state = optimizer_state(optimizer, model)
+    for group in (*expected.param_groups, *state["groups"]):  # type: ignore[misc]
+        group.update(options)
+    if options:
+        expected.load_state_dict(
+            {**optimizer.state_dict(), "param_groups": [{**optimizer.state_dict()["param_groups"][0], **options}]}
+        )
+    load_optimizer_state(found, there, state)
+    for parameter in there.parameters():
+        devices = {key: value.device for key, value in expected.state[parameter].items()}
+        assert {key: value.device for key, value in found.state[parameter].items()} == devices

@@ -173,3 +173,36 @@ def test_float32_needs_no_scale_and_gives_no_warning() -> None:
     assert plain.state_dict() == {}
     plain.load_state_dict({"scale": 4.0, "steps": 1})
     assert plain.state_dict() == {}
+
+
+class StopsInAStep(Callback, is_part_of_trainer=False):
+    def on_safe_point(self, trainer: ModelTrainer) -> None:
+        trainer.stop_training("as asked")
+
+
+@pytest.mark.parametrize(("before", "after"), [("float16", "float32"), ("float32", "float16"), ("float16", "float16")])
+def test_gradients_that_wait_for_their_step_survive_another_precision(
+    before: str, after: str, tone_manifest: Manifest, with_units: None
+) -> None:
+    def trainer_in(wanted: str) -> tuple[ModelTrainer, Seen]:
+        torch.manual_seed(0)
+        seen = Seen()
+        trainer = ModelTrainer(
+            ToyModel(), train_loader=tone_loader(tone_manifest[:8]), callbacks=[seen], precision=wanted, accumulation=2
+        )
+        return trainer, seen
+
+    whole, expected = trainer_in("float32")
+    whole.epochs = 1
+    whole.start_training()
+    stopped, _ = trainer_in(before)
+    stopped.attach(StopsInAStep())
+    stopped.start_training()
+    stopped.stop_reason = None
+    assert stopped.batches_into_step == 1
+    resumed, seen = trainer_in(after)
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.epochs = 1
+    resumed.start_training()
+    found, meant = seen.gradients[0], expected.gradients[0]
+    assert torch.linalg.vector_norm(found - meant) < 0.05 * torch.linalg.vector_norm(meant)

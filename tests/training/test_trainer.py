@@ -591,3 +591,96 @@ def test_what_other_threads_draw_while_training_begins_is_not_seen(tone_manifest
         trainer.start_training()
         ends.append(state_bytes(trainer))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("accumulation", value) for value in (0, -1)),
+        *(("gradient_clip", value) for value in (0.0, -1.0, math.nan)),
+        ("validate_every_steps", 0),
+    ],
+)
+def test_a_number_that_would_train_uphill_or_not_at_all_is_refused(
+    setting: str, value: float, tone_manifest: Manifest
+) -> None:
+    with pytest.raises(UserError, match=f"{setting} of ModelTrainer is {value}, expected a number above 0"):
+        new_trainer(tone_manifest, **{setting: value})
+
+
+def test_metrics_that_would_take_each_others_place_are_refused(tone_manifest: Manifest) -> None:
+    def loss(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+        return 0.0
+
+    for metrics, name in (([word_error_rate, word_error_rate], "word_error_rate"), ([loss], "loss")):
+        with pytest.raises(UserError, match=f"two metrics are recorded as '{name}'"):
+            new_trainer(tone_manifest, metrics=metrics)
+
+
+class StopsWithoutAReason(Callback):
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        if trainer.progress.step == 2:
+            trainer.stop_training("")
+
+
+def test_a_stop_without_a_reason_is_one_at_once(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest, callbacks=[StopsWithoutAReason()], accumulation=1)
+    trainer.start_training()
+    assert trainer.progress.step == 2
+
+
+def test_another_loader_has_batches_of_its_own(tone_manifest: Manifest) -> None:
+    trainer = new_trainer(tone_manifest, callbacks=[StopAt(1)], accumulation=1, epochs=1)
+    trainer.start_training()
+    trainer.callbacks.clear()
+    trainer.stop_reason = None
+    trainer.train_loader = tone_loader(tone_manifest[:14], frames_per_batch=40)
+    batches = trainer.train_loader.batches_in(0)
+    assert batches > 6
+    trainer.continue_training()
+    assert (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step) == (1, 0, batches)
+
+
+class OwnRate(Callback):
+    """Lets a scheduler of torch's set the learning rate."""
+
+    def on_train_begin(self, trainer: ModelTrainer) -> None:
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
+
+    def on_step_end(self, trainer: ModelTrainer) -> None:
+        self.scheduler.step()
+
+
+def test_a_learning_rate_that_something_else_sets_is_refused_rather_than_overruled(tone_manifest: Manifest) -> None:
+    history = History()
+    trainer = new_trainer(tone_manifest, callbacks=[OwnRate(), history], accumulation=1)
+    with pytest.raises(UserError, match=r"is 0.01 before step 2, where training had set 0.02.*learning_rate_factor"):
+        trainer.start_training()
+    # What is recorded is what the step was made with.
+    assert history.curve("learning_rate") == ([1], [0.02])
+
+
+@serializable
+class GrowingTable(ToyModel):
+    """Keeps a table that is as long as the longest batch which it has met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.zeros(0)
+
+    def forward(self, batch: Batch) -> ToyOutput:
+        if len(self.table) < batch.features.shape[1]:
+            self.table = torch.ones(batch.features.shape[1])
+        scaled = batch.features * self.table[: batch.features.shape[1], None]
+        return super().forward(replace(batch, features=scaled.requires_grad_()))
+
+
+def test_what_a_model_keeps_of_a_validation_serves_training_too(tone_manifest: Manifest) -> None:
+    by_length = sorted(tone_manifest, key=lambda utterance: utterance.duration)
+    short, long = Manifest(by_length[:14], tone_manifest.root), Manifest(by_length[14:], tone_manifest.root)
+    model = GrowingTable()
+    trainer = new_trainer(
+        tone_manifest, model, train_loader=tone_loader(short), val_loader=tone_loader(long, seed=None), callbacks=[]
+    )
+    trainer.start_training()
+    assert trainer.finished

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a mistake or a failed run (one message; ``--debug`` shows
 stopped by SIGINT or SIGTERM and resumable.
 """
 
+import faulthandler
 import os
 import sys
 import warnings
@@ -21,6 +22,9 @@ from sonosco_mlflow.errors import UserError, describe_failure
 
 def main() -> None:
     """Run the command line and end the process, also where a call to a tracking server hangs."""
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        # A crash in a library's own code leaves nothing to catch: at least it says where it came.
+        faulthandler.enable(sys.__stderr__)
     try:
         _run()
         status = 0

@@ -8,20 +8,22 @@ Settings and code may be equal where the trainers are not: a program may take a 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from sonosco_mlflow.serialization.parameters import qualified_name
+from sonosco_mlflow.training.callbacks.averages import CheckpointAverage
 from sonosco_mlflow.training.callbacks.model_checkpoint import ModelCheckpoint
 
 
 def leaves(objects: Any) -> dict[str, str]:
     """Return what decides a state's way of a :class:`Serializer`'s document, each value as JSON under a dotted name.
 
-    The number of epochs is not among it, nor when a state is saved: neither changes a bit of the states on the way. Nor
-    is what is given anew, such as loaders, which have digests of their own.
+    The number of epochs is not among it, nor when a state is saved, unless checkpoints are averaged: neither changes a
+    bit of the states on the way. Nor is what is given anew, such as loaders, which have digests of their own.
     """
-    found = dict(_leaves(objects, ""))
+    idle = set() if _holds(objects, CheckpointAverage) else {qualified_name(ModelCheckpoint)}
+    found = dict(_leaves(objects, "", idle))
     found.pop("epochs", None)
     return found
 
@@ -44,24 +46,30 @@ def difference(recorded: Mapping[str, str], present: Mapping[str, str]) -> str:
     return "; ".join(told[:5]) + (f"; ... ({len(told)} in all)" if len(told) > 5 else "")
 
 
-def _leaves(document: Any, name: str) -> Iterator[tuple[str, str]]:
+def _holds(document: Any, kind: type) -> bool:
+    callbacks = document.get("parameters", {}).get("callbacks", []) if isinstance(document, dict) else []
+    return any(isinstance(found, dict) and found.get("$object") == qualified_name(kind) for found in callbacks)
+
+
+def _leaves(document: Any, name: str, idle: Set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the leaves of ``document``, which has that ``name``; of objects of ``idle`` classes, the class alone."""
     match document:
         case {"$object": kind, **rest}:
             yield name, json.dumps(kind)
-            if kind != qualified_name(ModelCheckpoint):
-                yield from _leaves(rest.get("parameters", {}), name)
+            if kind not in idle:
+                yield from _leaves(rest.get("parameters", {}), name, idle)
         case {"$external": _}:
             return
         case {"$pairs": [*pairs]}:
             for key, value in pairs:
-                yield from _leaves(value, _below(name, key))
+                yield from _leaves(value, _below(name, key), idle)
         case {"$tuple": [*items]} | [*items]:
             yield _below(name, "length"), str(len(items))
             for number, item in enumerate(items):
-                yield from _leaves(item, _below(name, number))
+                yield from _leaves(item, _below(name, number), idle)
         case dict():
             for key, value in document.items():
-                yield from _leaves(value, _below(name, key))
+                yield from _leaves(value, _below(name, key), idle)
         case _:
             yield name, json.dumps(document)
 

@@ -53,7 +53,7 @@ def _copy(values: Weights, tensors: Weights) -> None:
 def mean_weights(all_of_them: Iterable[Weights]) -> dict[str, Tensor]:
     """Return the mean of several states of one model, taken in float64 in their order; at least one.
 
-    What cannot be averaged is left out.
+    What cannot be averaged is left out: counters, and what a module adds to its state that is no tensor.
     """
     count = 0
     sums: dict[str, Tensor] = {}
@@ -61,7 +61,7 @@ def mean_weights(all_of_them: Iterable[Weights]) -> dict[str, Tensor]:
     for weights in all_of_them:
         count += 1
         for name, tensor in weights.items():
-            if tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 dtypes[name] = tensor.dtype
                 sums[name] = sums[name] + tensor.double() if name in sums else tensor.double()
     return {name: (total / count).to(dtypes[name]) for name, total in sums.items()}
@@ -69,6 +69,8 @@ def mean_weights(all_of_them: Iterable[Weights]) -> dict[str, Tensor]:
 
 def evaluated_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the model's state that a trainer's metrics are of: its own, or an exponential average where there is one.
+
+    Of a trainer with another kind of average nothing here knows it: :func:`.callbacks.averages.are_known` says so.
 
     Args:
         state: what ``ModelTrainer.state_dict()`` gave.

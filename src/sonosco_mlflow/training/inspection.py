@@ -15,11 +15,15 @@ from sonosco_mlflow.determinism import preserved_generators
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode and without gradients; leave generators and every module's mode as found."""
+    """Run the block in evaluation mode and without gradients; leave generators and every module's mode as found.
+
+    What a module keeps of the block, such as a table that it makes longer when it is needed, serves training as well:
+    a tensor of ``torch.inference_mode`` would not.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with preserved_generators(), torch.inference_mode():
+        with preserved_generators(), torch.no_grad():
             yield
     finally:
         for module, training in modes:

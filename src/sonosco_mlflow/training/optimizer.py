@@ -131,12 +131,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
         for key, value in options.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     optimizer.state.clear()
-    for name, parameter in model.named_parameters():
-        if name in state["moments"]:
-            optimizer.state[parameter] = {
-                key: _placed(parameter, value) if isinstance(value, Tensor) else value
-                for key, value in state["moments"][name].items()
-            }
+    parameters = dict(model.named_parameters())
+    names = _names(model)
+    for group in optimizer.param_groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            if name in state["moments"]:
+                optimizer.state[parameters[name]] = {
+                    key: _placed(parameters[name], key, value, group) if isinstance(value, Tensor) else value
+                    for key, value in state["moments"][name].items()
+                }
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, limit: float | None) -> float:
@@ -155,6 +158,7 @@ def placed_as(parameter: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def _placed(parameter: Tensor, value: Tensor) -> Tensor:
-    # A step counter is a scalar that torch keeps on the CPU.
-    return value.clone() if value.ndim == 0 else placed_as(parameter, value)
+def _placed(parameter: Tensor, key: str, value: Tensor, group: Mapping[str, Any]) -> Tensor:
+    # Steps are counted on the CPU, save where a kernel on the device counts them.
+    counts_here = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return value.clone() if counts_here else placed_as(parameter, value)

@@ -96,11 +96,17 @@ class Precision:
         # The rest is how it was made.
         return {"scale": state["scale"], "steps": state["_growth_tracker"]} if state else {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what :meth:`state_dict` described; without a state of one that scaled, begin anew."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> float:
+        """Become what :meth:`state_dict` described; without a state of one that scaled, begin anew.
+
+        Returns:
+            what gradients that were kept with the state are to be multiplied by: 1, save where one of both scales and
+            the other does not.
+        """
         if state and self._scaler.is_enabled():
             found = {"scale": state["scale"], "_growth_tracker": state["steps"]}
             self._scaler.load_state_dict({**self._scaler.state_dict(), **found})
+        return float(self._scaler.get_scale() / state.get("scale", 1.0))
 
 
 def has_units(precision: str, device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 
 from sonosco_mlflow.data.loader import AudioDataLoader, Batch
 from sonosco_mlflow.determinism import KeptGenerators, seed_for
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, require_positive
 from sonosco_mlflow.metrics import Metric
 from sonosco_mlflow.serialization.parameters import serializable
 from sonosco_mlflow.serialization.serializer import Serializer
@@ -53,6 +53,7 @@ from sonosco_mlflow.training.validation import (
     default_decoder,
     evaluate,
     model_loss,
+    require_distinct_names,
 )
 
 
@@ -83,7 +84,12 @@ class ModelTrainer:
         progress: where training stands.
         validation: what the last validation gave, or None.
         at_safe_point: whether the state is consistent, as it is between two micro-steps.
+        is_whole: the same, and already while callbacks are told ``on_safe_point``.
         failure: what a callback raised in the middle of a micro-step that was then finished, or None.
+
+    Raises:
+        UserError: a number is not above 0, two metrics have one name, there is no such precision, or metrics need a
+            ``decoder``; the message names it.
     """
 
     def __init__(
@@ -105,6 +111,9 @@ class ModelTrainer:
         device: str = "cpu",
         precision: str = "float32",
     ) -> None:
+        require_positive("ModelTrainer", accumulation=accumulation, gradient_clip=gradient_clip)
+        require_positive("ModelTrainer", validate_every_steps=validate_every_steps)
+        require_distinct_names(metrics)
         self.device = torch.device(device)
         self.precision = Precision(precision, self.device)
         self.model = model.to(self.device)
@@ -130,13 +139,14 @@ class ModelTrainer:
         self.stop_reason: str | None = None
         self.validation: Validation | None = None
         self.at_safe_point = True
+        self.is_whole = True
         self.failure: Exception | None = None
         self._safe_micro_step = 0
         self._interruption = Interruption()
         self._generators = KeptGenerators()
         self._window_loss = 0.0
         self._window_utterances = 0
-        self._batches_in_epoch: tuple[int, int] = (-1, 0)
+        self._set_rates: list[float] = []
 
     # ------------------------------------------------------------------ what users call
 
@@ -223,16 +233,17 @@ class ModelTrainer:
 
     def _epoch(self, loader: AudioDataLoader) -> None:
         """Train on what is left of the current epoch, or until a callback stops the training."""
-        self._require_batches(loader)
+        batches = self._require_batches(loader)
         emit(self, "on_epoch_begin")
         started = time.perf_counter()
         for batch in loader.epoch(self.progress.epoch, start=self.progress.batch):
-            started = self._micro_step(batch.to(self.device), started)
+            started = self._micro_step(batch.to(self.device), batches, started)
             self._interruption.raise_if_requested()
-            if self.stop_reason:
+            if self.stop_reason is not None:
                 break
 
-    def _require_batches(self, loader: AudioDataLoader) -> None:
+    def _require_batches(self, loader: AudioDataLoader) -> int:
+        """Return how many batches the current epoch has; the next one is among them."""
         loader.require_all_batches()
         progress = self.progress
         batches = loader.batches_in(progress.epoch)
@@ -243,11 +254,14 @@ class ModelTrainer:
                 f"the training stands before batch {progress.batch} of epoch {progress.epoch}, where the train_loader "
                 f"has {batches} batches: it makes other ones than it did; give the loader of then, or begin a new run"
             )
+        return batches
 
-    def _micro_step(self, batch: Batch, started: float) -> float:
+    def _micro_step(self, batch: Batch, batches: int, started: float) -> float:
+        """Train on ``batch``, of an epoch of so many ``batches``; return when the next optimizer step starts."""
         progress = self.progress
-        batches, window = self._window()
-        self.at_safe_point = False
+        # The last optimizer step of an epoch may have fewer batches than the others.
+        window = min(self.accumulation, batches - (progress.batch - self.batches_into_step))
+        self.at_safe_point = self.is_whole = False
         torch.manual_seed(seed_for(self.seed, "step", progress.micro_step))
         self.model.train()
         with self.precision.computing():
@@ -275,6 +289,7 @@ class ModelTrainer:
             self._validate()
         if epoch_ended:
             emit(self, "on_epoch_end", progress.epoch - 1)
+        self.is_whole = True
         if self.failure is None:
             tell_callbacks(self, "on_safe_point")
         self._reach_safe_point()
@@ -284,18 +299,8 @@ class ModelTrainer:
         return time.perf_counter() if stepped else started
 
     def _reach_safe_point(self) -> None:
-        self.at_safe_point = True
+        self.at_safe_point = self.is_whole = True
         self._safe_micro_step = self.progress.micro_step
-
-    def _window(self) -> tuple[int, int]:
-        """Return the number of batches of this epoch, and of those that share the current optimizer step."""
-        epoch, batches = self._batches_in_epoch
-        if epoch != self.progress.epoch:
-            assert self.train_loader is not None
-            batches = self.train_loader.batches_in(self.progress.epoch)
-            self._batches_in_epoch = (self.progress.epoch, batches)
-        first = self.progress.batch - self.progress.batch % self.accumulation
-        return batches, min(self.accumulation, batches - first)
 
     def _epoch_metrics(self) -> dict[str, float]:
         assert self.train_loader is not None
@@ -311,16 +316,28 @@ class ModelTrainer:
                 f"the gradient is not finite ({norm}) at step {self.progress.step + 1} (epoch {self.progress.epoch}), "
                 "and nothing has moved by it; lower optimizer.lr, or look at what the loss is made of"
             )
-        self.optimizer_recipe.set_learning_rates(self.optimizer, learning_rate_factor(self))
+        self._set_learning_rates()
+        rate = float(self.optimizer.param_groups[0]["lr"])
         self.precision.step(self.optimizer)
         # Of parameters too that the optimizer does not move: they are no state between two steps.
         self.model.zero_grad()
         self.progress.step += 1
         emit(self, "on_step_end")
-        rate = self.optimizer.param_groups[0]["lr"]
         values = (self._window_loss, rate, norm, self._window_utterances / seconds)
         self.record({**dict(zip(STEP_METRICS, values, strict=True)), **more})
         self._window_loss, self._window_utterances = 0.0, 0
+
+    def _set_learning_rates(self) -> None:
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, self._set_rates, strict=False):
+            if group["lr"] != rate:
+                raise UserError(
+                    f"a learning rate is {group['lr']} before step {self.progress.step + 1}, where training had set "
+                    f"{rate}: something else changes it, such as a scheduler of torch's, and would be overruled. Have "
+                    "a callback answer learning_rate_factor, by which the base rate is multiplied at each step"
+                )
+        self.optimizer_recipe.set_learning_rates(self.optimizer, learning_rate_factor(self))
+        self._set_rates = [group["lr"] for group in groups]
 
     def _validation_is_due(self, epoch_ended: bool) -> bool:
         every = self.validate_every_steps
@@ -396,15 +413,16 @@ class ModelTrainer:
         trainer = state["trainer"]
         load_model_state(self.model, state["model"], trainer["parameters"])
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        self._set_rates = []
         self.progress = Progress.of_state(trainer["progress"])
         self.stop_reason = trainer["stop_reason"]
         self.validation = None if trainer["validation"] is None else Validation(**trainer["validation"])
         self._window_loss = trainer["window_loss"]
+        # A state from before there was a choice has none.
+        rescaled = self.precision.load_state_dict(trainer.get("precision", {}))
         for name, parameter in self.model.named_parameters():
             gradient = trainer["gradients"].get(name)
-            parameter.grad = None if gradient is None else placed_as(parameter, gradient)
-        # A state from before there was a choice has none.
-        self.precision.load_state_dict(trainer.get("precision", {}))
+            parameter.grad = None if gradient is None else placed_as(parameter, gradient).mul_(rescaled)
         load_callbacks_state(self.callbacks, trainer["callbacks"])
         self._reach_safe_point()
         self._generators.load_state_dict(trainer["generators"])

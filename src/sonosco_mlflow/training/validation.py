@@ -95,5 +95,22 @@ def default_decoder(model: nn.Module, loader: AudioDataLoader | None, *, is_need
     return None
 
 
+def require_distinct_names(metrics: Sequence[Metric]) -> None:
+    """Return if no metric would be recorded in the place of another, or of the loss.
+
+    Raises:
+        UserError: one would; the message names it.
+    """
+    taken = {"loss"}
+    for metric in metrics:
+        name = _name(metric)
+        if name in taken:
+            raise UserError(
+                f"two metrics are recorded as '{name}'; give one another __name__ (of a functools.partial, too)"
+            )
+        taken.add(name)
+
+
 def _name(metric: Metric) -> str:
+    """Return the name that ``metric`` is recorded under, behind the split's: its own, or its class's."""
     return str(getattr(metric, "__name__", type(metric).__name__))

@@ -1,6 +1,6 @@
 """Means of the weights, which the model has when it is evaluated and when it has been trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from sonosco_mlflow.training.trainer import ModelTrainer
 
 Which = Literal["last", "best"]
+
+
+def are_known(callbacks: Iterable[Callback]) -> bool:
+    """Return whether :func:`.averaging.evaluated_state` finds in a checkpoint what its step's metrics are of.
+
+    It does not where a class of the user's has its own ``evaluated_weights``: in which part of its state they are, if
+    they are in it at all, that class alone knows.
+    """
+    own = Callback.evaluated_weights
+    return all(
+        type(callback) in (ExponentialAverage, CheckpointAverage) or type(callback).evaluated_weights is own
+        for callback in callbacks
+    )
 
 
 class ExponentialAverage(Callback):
@@ -95,6 +108,7 @@ class CheckpointAverage(Callback):
         Raises:
             UserError: ModelCheckpoint is missing, or keeps too few; the message says what to change.
         """
+        self._mean = ([], {})
         kept = self._checkpoints(trainer)
         option = f"keep_{self.which}"
         if getattr(kept, option) < self.count:
@@ -122,6 +136,10 @@ class CheckpointAverage(Callback):
         if steps != self._mean[0]:
             self._mean = (steps, mean_weights(kept.model_state(step) for step in steps))
         return self._mean[1] or None
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Forget the mean of another training; there is no state of its own."""
+        self._mean = ([], {})
 
     def _checkpoints(self, trainer: "ModelTrainer") -> ModelCheckpoint:
         found = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]

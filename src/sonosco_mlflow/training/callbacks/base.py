@@ -86,7 +86,11 @@ class Callback:
         return 1.0
 
     def evaluated_weights(self, trainer: "ModelTrainer") -> "Mapping[str, Tensor] | None":
-        """Return other weights for the model while it is evaluated, by parameter and buffer; None leaves its own."""
+        """Return other weights for the model while it is evaluated, by parameter and buffer; None leaves its own.
+
+        Where a class of yours gives some, a run's checkpoints are no models of their own in MLflow: they would be shown
+        with metrics of weights that they may not hold.
+        """
         return None
 
     def state_dict(self) -> dict[str, object]:

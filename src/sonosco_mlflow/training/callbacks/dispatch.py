@@ -63,11 +63,11 @@ def evaluated_weights(trainer: "ModelTrainer") -> "Mapping[str, Tensor] | None":
     Raises:
         UserError: two of them want it.
     """
-    wanted = {type(callback).__name__: callback.evaluated_weights(trainer) for callback in trainer.callbacks}
-    given = {name: weights for name, weights in wanted.items() if weights is not None}
+    wanted = [(type(callback).__name__, callback.evaluated_weights(trainer)) for callback in trainer.callbacks]
+    given = [(name, weights) for name, weights in wanted if weights is not None]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} both average the weights; leave one of them out")
-    return next(iter(given.values()), None)
+        raise UserError(f"{' and '.join(name for name, _ in given)} both average the weights; leave one of them out")
+    return given[0][1] if given else None
 
 
 def callbacks_state(callbacks: Sequence[Callback]) -> dict[str, object]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sonosco_mlflow.errors import require_positive
 from sonosco_mlflow.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ class LayerGradientNorms(Callback):
 
     Args:
         every_steps: optimizer steps between two recordings.
+
+    Raises:
+        UserError: ``every_steps`` is below 1.
     """
 
     def __init__(self, every_steps: int = 50) -> None:
+        require_positive(type(self).__name__, every_steps=every_steps)
         self.every_steps = every_steps
         self._norms: dict[str, float] = {}
 

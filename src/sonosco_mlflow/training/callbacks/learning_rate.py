@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, require_positive
 from sonosco_mlflow.training.callbacks.base import Callback
 from sonosco_mlflow.training.callbacks.monitor import Patience
 
@@ -147,6 +147,7 @@ class StepwiseLearningRateReduction(LearningRateReduction):
 
     def __init__(self, every_epochs: int, factor: float = 0.5, floor: float = 0.0) -> None:
         super().__init__(factor, floor)
+        require_positive(type(self).__name__, every_epochs=every_epochs)
         self.every_epochs = every_epochs
 
     def reductions(self, trainer: "ModelTrainer") -> int:

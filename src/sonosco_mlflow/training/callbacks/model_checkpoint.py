@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from sonosco_mlflow.background import Background
-from sonosco_mlflow.errors import UserError
+from sonosco_mlflow.errors import UserError, require_positive
 from sonosco_mlflow.serialization.checkpoint import (
     BrokenCheckpointError,
     Snapshot,
@@ -75,7 +75,7 @@ class ModelCheckpoint(Callback):
         stall_seconds: for how long saving has held up the training so far.
 
     Raises:
-        UserError: ``keep_last`` is below 2.
+        UserError: ``keep_last`` is below 2, or a period is not above 0.
     """
 
     unwritten_parameters: ClassVar = frozenset({"directory"})
@@ -93,6 +93,8 @@ class ModelCheckpoint(Callback):
     ) -> None:
         if keep_last < 2:
             raise UserError(f"keep_last is {keep_last}, expected at least 2: the newest checkpoint may be broken")
+        periods = {"every_steps": every_steps, "every_minutes": every_minutes, "every_epochs": every_epochs}
+        require_positive(type(self).__name__, **periods, keep_every_steps=keep_every_steps)
         self.directory = None if directory is None else Path(directory)
         self.every_steps = every_steps
         self.every_minutes = every_minutes
@@ -232,9 +234,20 @@ class ModelCheckpoint(Callback):
         """Save now, whatever the schedule, and return the checkpoint's directory once it is whole.
 
         Raises:
-            UserError: there is no directory to save into.
+            UserError: there is no directory to save into, or the trainer is in the middle of a micro-step, of which a
+                part of the state knows and a part does not: ``on_safe_point`` is where a callback may save.
             BrokenCheckpointError: what was read back is not what was written; nothing older was removed.
         """
+        self._saved_micro_step = None
+        return self.saved(trainer)
+
+    def saved(self, trainer: "ModelTrainer") -> Path:
+        """Return the checkpoint's directory as :meth:`save` does, and save only what is not saved yet."""
+        if not trainer.is_whole:
+            raise UserError(
+                "the trainer is in the middle of a step, of which its state knows only a part; have the callback save "
+                "in on_safe_point"
+            )
         path = self._path(trainer)
         is_training = self.background is not None
         if self.background is None:
