@@ -666,13 +666,14 @@ class GrowingTable(ToyModel):
 
     def __init__(self) -> None:
         super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
         self.table = torch.zeros(0)
 
     def forward(self, batch: Batch) -> ToyOutput:
         if len(self.table) < batch.features.shape[1]:
             self.table = torch.ones(batch.features.shape[1])
-        scaled = batch.features * self.table[: batch.features.shape[1], None]
-        return super().forward(replace(batch, features=scaled.requires_grad_()))
+        scale = self.gain * self.table[: batch.features.shape[1], None]
+        return super().forward(replace(batch, features=batch.features * scale))
 
 
 def test_what_a_model_keeps_of_a_validation_serves_training_too(tone_manifest: Manifest) -> None:
