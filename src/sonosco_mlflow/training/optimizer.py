@@ -78,15 +78,39 @@ class OptimizerRecipe:
         optimizer: torch.optim.Optimizer = self.kind(groups, **(self.options or {}))
         return optimizer
 
-    def set_learning_rates(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
-        """Set the rate of each of the optimizer's groups to ``factor`` times what the recipe has."""
-        for group, recipe in zip(optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = recipe["lr"] * factor
-
     def renew_options(self, optimizer: torch.optim.Optimizer) -> None:
         """Set all options of the optimizer's groups to what the recipe has."""
         for group, recipe in zip(optimizer.param_groups, self.groups, strict=True):
             group.update({key: value for key, value in recipe.items() if key != "parameters"})
+
+
+class LearningRates:
+    """Sets the learning rates of an optimizer step by step, and overrules nobody in silence.
+
+    Args:
+        recipe: has the base rate of each group.
+    """
+
+    def __init__(self, recipe: OptimizerRecipe) -> None:
+        self.recipe = recipe
+        self._set: list[float] = []
+
+    def set(self, optimizer: torch.optim.Optimizer, factor: float, step: int) -> None:
+        """Set the rate of each group to ``factor`` times its base, for the coming ``step``.
+
+        Raises:
+            UserError: a rate is no longer what was set for the step before.
+        """
+        for group, rate in zip(optimizer.param_groups, self._set, strict=False):
+            if group["lr"] != rate:
+                raise UserError(
+                    f"a learning rate is {group['lr']} before step {step}, where training had set {rate}: something "
+                    "else changes it, such as a scheduler of torch's, and would be overruled. Have a callback answer "
+                    "learning_rate_factor, by which the base rate is multiplied at each step"
+                )
+        for group, base in zip(optimizer.param_groups, self.recipe.groups, strict=True):
+            group["lr"] = base["lr"] * factor
+        self._set = [group["lr"] for group in optimizer.param_groups]
 
 
 def _own_options(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

@@ -58,6 +58,11 @@ class Precision:
         # Switched off, it lets everything pass as it is.
         self._scaler = GradScaler(device.type, enabled=self.used == "float16")
 
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied by before the backward pass: 1, save in float16."""
+        return float(self._scaler.get_scale())
+
     def computing(self) -> AbstractContextManager[object]:
         """Return the context for a forward pass and its loss."""
         if self.used == "float32":
@@ -96,17 +101,11 @@ class Precision:
         # The rest is how it was made.
         return {"scale": state["scale"], "steps": state["_growth_tracker"]} if state else {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> float:
-        """Become what :meth:`state_dict` described; without a state of one that scaled, begin anew.
-
-        Returns:
-            what gradients that were kept with the state are to be multiplied by: 1, save where one of both scales and
-            the other does not.
-        """
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what :meth:`state_dict` described; without a state of one that scaled, begin anew."""
         if state and self._scaler.is_enabled():
             found = {"scale": state["scale"], "_growth_tracker": state["steps"]}
             self._scaler.load_state_dict({**self._scaler.state_dict(), **found})
-        return float(self._scaler.get_scale() / state.get("scale", 1.0))
 
 
 def has_units(precision: str, device: torch.device) -> bool:

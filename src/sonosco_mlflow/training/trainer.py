@@ -37,6 +37,7 @@ from sonosco_mlflow.training.callbacks.dispatch import (
 )
 from sonosco_mlflow.training.interruption import Interruption, deferred_interrupts
 from sonosco_mlflow.training.optimizer import (
+    LearningRates,
     OptimizerRecipe,
     clip_gradients,
     load_optimizer_state,
@@ -111,8 +112,8 @@ class ModelTrainer:
         device: str = "cpu",
         precision: str = "float32",
     ) -> None:
-        require_positive("ModelTrainer", accumulation=accumulation, gradient_clip=gradient_clip)
-        require_positive("ModelTrainer", validate_every_steps=validate_every_steps)
+        periods = {"accumulation": accumulation, "validate_every_steps": validate_every_steps}
+        require_positive("ModelTrainer", **periods, gradient_clip=gradient_clip)
         require_distinct_names(metrics)
         self.device = torch.device(device)
         self.precision = Precision(precision, self.device)
@@ -146,7 +147,7 @@ class ModelTrainer:
         self._generators = KeptGenerators()
         self._window_loss = 0.0
         self._window_utterances = 0
-        self._set_rates: list[float] = []
+        self._rates = LearningRates(self.optimizer_recipe)
 
     # ------------------------------------------------------------------ what users call
 
@@ -316,7 +317,7 @@ class ModelTrainer:
                 f"the gradient is not finite ({norm}) at step {self.progress.step + 1} (epoch {self.progress.epoch}), "
                 "and nothing has moved by it; lower optimizer.lr, or look at what the loss is made of"
             )
-        self._set_learning_rates()
+        self._rates.set(self.optimizer, learning_rate_factor(self), self.progress.step + 1)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.precision.step(self.optimizer)
         # Of parameters too that the optimizer does not move: they are no state between two steps.
@@ -326,18 +327,6 @@ class ModelTrainer:
         values = (self._window_loss, rate, norm, self._window_utterances / seconds)
         self.record({**dict(zip(STEP_METRICS, values, strict=True)), **more})
         self._window_loss, self._window_utterances = 0.0, 0
-
-    def _set_learning_rates(self) -> None:
-        groups = self.optimizer.param_groups
-        for group, rate in zip(groups, self._set_rates, strict=False):
-            if group["lr"] != rate:
-                raise UserError(
-                    f"a learning rate is {group['lr']} before step {self.progress.step + 1}, where training had set "
-                    f"{rate}: something else changes it, such as a scheduler of torch's, and would be overruled. Have "
-                    "a callback answer learning_rate_factor, by which the base rate is multiplied at each step"
-                )
-        self.optimizer_recipe.set_learning_rates(self.optimizer, learning_rate_factor(self))
-        self._set_rates = [group["lr"] for group in groups]
 
     def _validation_is_due(self, epoch_ended: bool) -> bool:
         every = self.validate_every_steps
@@ -413,13 +402,16 @@ class ModelTrainer:
         trainer = state["trainer"]
         load_model_state(self.model, state["model"], trainer["parameters"])
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
-        self._set_rates = []
+        self._rates = LearningRates(self.optimizer_recipe)
         self.progress = Progress.of_state(trainer["progress"])
         self.stop_reason = trainer["stop_reason"]
         self.validation = None if trainer["validation"] is None else Validation(**trainer["validation"])
         self._window_loss = trainer["window_loss"]
         # A state from before there was a choice has none.
-        rescaled = self.precision.load_state_dict(trainer.get("precision", {}))
+        precision = trainer.get("precision", {})
+        self.precision.load_state_dict(precision)
+        # Gradients that wait were kept as they were then, scaled or not.
+        rescaled = self.precision.scale / precision.get("scale", 1.0)
         for name, parameter in self.model.named_parameters():
             gradient = trainer["gradients"].get(name)
             parameter.grad = None if gradient is None else placed_as(parameter, gradient).mul_(rescaled)
